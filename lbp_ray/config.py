@@ -8,11 +8,13 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -68,7 +70,7 @@ def load_config(model: type[Model], path: Path, overrides: list[str] | tuple[str
         _apply_override(content, override)
     missing: list[str] = []
     content = _expand(content, missing)
-    faults = [f"environment variable {name} is not set: export {name}=/an/absolute/path" for name in sorted(set(missing))]
+    faults = [f"environment variable {name} is not set: export {name}=/absolute/path" for name in sorted(set(missing))]
     try:
         validated = model.model_validate(content)
     except ValidationError as error:

@@ -1,0 +1,52 @@
+# Everything runs in a virtual environment that these targets make themselves; Python 3.11+ and make are all they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export LBP_RAY_ROOT ?= $(CURDIR)/demo
+export RAY_USAGE_STATS_ENABLED = 0
+export PYTHONUNBUFFERED = 1
+
+.PHONY: help demo test test-slow lint bench head clean-demo
+
+help:
+	@echo "make demo       synthetic DICOM -> store -> trials -> report, under $(LBP_RAY_ROOT)"
+	@echo "make test       the tests (under 10 minutes on 2 cores)"
+	@echo "make test-slow  the slow ones: kill -9 at many moments, 20 other cohorts"
+	@echo "make lint       ruff and mypy"
+	@echo "make bench      benchmarks, as ratios"
+	@echo "make head       a local Ray head for 'ray job submit' (Ctrl-C ends it)"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is required, $(PYTHON) is older: make PYTHON=python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[codecs,dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m lbp_ray.phantom --config configs/phantom_demo.yaml
+	$(BIN)/python -m preprocess $(LBP_RAY_ROOT)/phantom/dicom --out $(LBP_RAY_ROOT)/store.zarr \
+	  --templates $(LBP_RAY_ROOT)/phantom/templates.csv
+	$(BIN)/python -m preprocess link $(LBP_RAY_ROOT)/store.zarr --out $(LBP_RAY_ROOT)/linked \
+	  --csv $(LBP_RAY_ROOT)/phantom/questionnaire.csv --csv $(LBP_RAY_ROOT)/phantom/truth.csv \
+	  --cvat $(LBP_RAY_ROOT)/phantom/annotations.xml
+	$(BIN)/python -m lbp_ray.tune --config configs/demo.yaml
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not slurm and not multihost and not browser and not gpu'
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m 'slow or slurm or multihost or browser or gpu'
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks
+
+head: $(VENV)/.installed
+	$(BIN)/ray start --head --block --disable-usage-stats --dashboard-host=127.0.0.1 --temp-dir=$$(mktemp -d /tmp/ray-XXXX)
+
+clean-demo:
+	rm -rf $(LBP_RAY_ROOT)

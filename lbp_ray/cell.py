@@ -1,0 +1,73 @@
+"""What a trial is: its cell, its full specification and address, and the data that all trials share.
+
+Shape suffixes: N studies, K slice offsets, H rows, W columns, F features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lbp_ray.config import FrozenModel
+from lbp_ray.study import NUMERICS_VERSION, Recipe
+from preprocess.commit import content_id
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+class TrialError(ValueError):
+    """A trial that cannot give a valid result."""
+
+
+class Cell(FrozenModel):
+    """What distinguishes the trials of one recipe."""
+
+    num_slices: int
+    fold: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the cell wherever people see it, e.g. ``k3-fold02-seed1``."""
+        return f"k{self.num_slices}-fold{self.fold:02d}-seed{self.seed}"
+
+
+class TrialSpec(FrozenModel):
+    """All that determines a trial's numbers, by content and not by place."""
+
+    cell: Cell
+    recipe: Recipe
+    crops_hash: str
+    split_hash: str
+    weights_hash: str
+    numerics_version: int = NUMERICS_VERSION
+
+    @property
+    def trial_id(self) -> str:
+        """Address of the trial; where the weights came from does not matter, only what they are."""
+        identity = self.model_dump(mode="json")
+        for key in ("weights", "weights_seed"):
+            del identity["recipe"][key]
+        return content_id(identity)
+
+
+@dataclass(frozen=True)
+class TrialData:
+    """What every trial of a study shares, read-only."""
+
+    crops_NKHW: np.ndarray
+    """Stored pixel values (memory map)."""
+    features_NKF: Tensor | None
+    """Frozen-backbone features, or None when the recipe recomputes them."""
+    study_ids: tuple[str, ...]
+    patient_ids: tuple[str, ...]
+    labels_N: np.ndarray
+    """float32, 1 symptomatic, 0 asymptomatic, NaN in the sealed hold-out."""
+    folds_N: np.ndarray
+    """Fold of each study, `lbp_ray.splits.HOLDOUT` for the hold-out."""
+    slice_index_NK: np.ndarray
+    """Slice number in the store."""
+    offset_mm_NK: np.ndarray
+    """Signed distance from the mid-sagittal slice."""

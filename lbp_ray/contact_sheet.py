@@ -1,0 +1,59 @@
+"""A picture of what was cropped: mid-sagittal slices with their boxes, one tile per study."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from matplotlib.image import imsave
+
+MAX_TILES = 24
+"""Studies on one sheet, spread evenly over the cohort."""
+
+TILE_PX = 192
+"""Edge of a tile, in pixels of the sheet."""
+
+COLUMNS = 8
+"""Tiles per row of the sheet."""
+
+
+def chosen_rows(num_studies: int) -> list[int]:
+    """Return the rows of the studies that a sheet shows."""
+    return sorted({round(row) for row in np.linspace(0, num_studies - 1, min(MAX_TILES, num_studies))})
+
+
+def tile(image_HW: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    """Draw one image with its box.
+
+    Parameters
+    ----------
+    image_HW
+        Stored pixel values.
+    box
+        First row, first column, height and width in pixels of the image.
+
+    Returns
+    -------
+    numpy.ndarray
+        (TILE_PX, TILE_PX, 3) uint8; grey scaled between the 1st and 99th percentile, the box in amber.
+    """
+    low, high = np.percentile(image_HW, [1, 99])
+    rows, columns = (np.arange(TILE_PX) * size // TILE_PX for size in image_HW.shape)
+    grey = np.clip((image_HW[np.ix_(rows, columns)] - low) / max(high - low, 1e-9), 0, 1)
+    picture = np.repeat((grey * 255).astype(np.uint8)[..., None], 3, axis=2)
+    scale = TILE_PX / np.array(image_HW.shape)
+    top, left = np.clip(np.round(scale * box[:2]).astype(int), 0, TILE_PX - 1)
+    bottom, right = np.clip(np.round(scale * np.add(box[:2], box[2:])).astype(int), 0, TILE_PX - 1)
+    picture[[top, bottom], left : right + 1] = picture[top : bottom + 1, [left, right]] = (230, 159, 0)
+    return picture
+
+
+def contact_sheet(tiles: list[np.ndarray]) -> bytes:
+    """Arrange tiles in rows and encode them as PNG."""
+    blank = np.zeros_like(tiles[0])
+    padded = tiles + [blank] * (-len(tiles) % COLUMNS if len(tiles) > COLUMNS else 0)
+    width = min(COLUMNS, len(padded))
+    rows = [np.concatenate(padded[start : start + width], axis=1) for start in range(0, len(padded), width)]
+    buffer = io.BytesIO()
+    imsave(buffer, np.concatenate(rows, axis=0), format="png", metadata={"Software": ""})
+    return buffer.getvalue()

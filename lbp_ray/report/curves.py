@@ -1,0 +1,138 @@
+"""ROC, precision-recall and learning curves, one panel per slice count."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from lbp_ray.report.theme import COLOURS, STAMP_HEIGHT_IN, colour_of, new_figure, panels
+from lbp_ray.report.words import bounds, by_slices, metric, number, prevalence, slices
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lbp_ray.result import Curve, LearningCurve, SliceCountResult, StudyResult
+
+UNIT_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+LABEL_GAP = 0.09
+"""Least distance of two line-end labels, as a share of the axis."""
+
+
+def draw_roc(result: StudyResult) -> Figure:
+    """Draw the ROC curve of each slice count, the chance diagonal and the operating point."""
+    parts = by_slices(result)
+    figure, axes = panels(len(parts), 3.25)
+    for index, (part, axis) in enumerate(zip(parts, axes, strict=True)):
+        _square(axis, slices(part.num_slices), "1 − specificity", "recall")
+        axis.plot([0, 1], [0, 1], linestyle=(0, (1, 2)), color=COLOURS["muted"], linewidth=1.2)
+        axis.text(0.30, 0.335, "chance", rotation=45, rotation_mode="anchor", color=COLOURS["muted"], fontsize=8)
+        axis.plot(part.roc.x, part.roc.y, color=colour_of(index))
+        table = part.confusion
+        _operating_point(axis, table.fp / (table.fp + table.tn), table.tp / (table.tp + table.fn), index)
+        _summary(axis, part, "roc_auc", "AUC")
+    return figure
+
+
+def draw_precision_recall(result: StudyResult) -> Figure:
+    """Draw the precision-recall curve of each slice count, its prevalence line and the operating point."""
+    parts = by_slices(result)
+    figure, axes = panels(len(parts), 3.25)
+    for index, (part, axis) in enumerate(zip(parts, axes, strict=True)):
+        _square(axis, slices(part.num_slices), "recall", "precision")
+        share = prevalence(part)
+        axis.axhline(share, linestyle=(0, (1, 2)), color=COLOURS["muted"], linewidth=1.2, gid="prevalence")
+        axis.text(0.01, share - 0.015, f"prevalence {number(share)}", va="top", color=COLOURS["muted"], fontsize=8)
+        recall, precision = _rising(part.precision_recall)
+        axis.plot(recall, precision, color=colour_of(index), drawstyle="steps-pre")
+        table = part.confusion
+        if table.tp + table.fp:
+            _operating_point(axis, table.tp / (table.tp + table.fn), table.tp / (table.tp + table.fp), index)
+        _summary(axis, part, "average_precision", "AP")
+    return figure
+
+
+def draw_learning(result: StudyResult) -> Figure:
+    """Draw losses and validation AUC by epoch, mean and one standard deviation over fold × seed trials."""
+    parts = by_slices(result)
+    figure = new_figure(4.6 + STAMP_HEIGHT_IN)
+    grid = figure.subplots(2, len(parts), sharex="col", sharey="row", squeeze=False, height_ratios=[1.15, 1])
+    for index, part in enumerate(parts):
+        loss, auc = grid[0, index], grid[1, index]
+        learning, colour = part.learning, colour_of(index)
+        for axis in (loss, auc):
+            _shade_unfrozen(axis, learning)
+            axis.grid(visible=False, axis="x")
+        _band(loss, learning.epoch, learning.train_loss, learning.train_loss_sd, COLOURS["muted"])
+        _band(loss, learning.epoch, learning.validation_loss, learning.validation_loss_sd, colour)
+        _band(auc, learning.epoch, learning.validation_auc, learning.validation_auc_sd, colour)
+        auc.axhline(0.5, linestyle=(0, (1, 2)), color=COLOURS["muted"], linewidth=1.2)
+        auc.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        loss.set_title(slices(part.num_slices))
+        auc.set_xlabel("epoch")
+    grid[0, 0].set_ylabel("loss")
+    grid[1, 0].set_ylabel("validation AUC")
+    for index, part in enumerate(parts):
+        _label_ends(grid[0, index], part.learning, colour_of(index))
+        grid[1, index].text(part.learning.epoch[0], 0.5, "chance", va="bottom", color=COLOURS["muted"], fontsize=8)
+    return figure
+
+
+def _square(axis: Axes, title: str, x_label: str, y_label: str) -> None:
+    axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.03), xticks=UNIT_TICKS, yticks=UNIT_TICKS)
+    axis.set_box_aspect(1)
+    axis.set_title(title)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.label_outer()
+
+
+def _operating_point(axis: Axes, x: float, y: float, index: int) -> None:
+    axis.plot(
+        [x], [y], marker="o", markersize=7, linestyle="none", zorder=5, clip_on=False,
+        markerfacecolor=COLOURS["paper"], markeredgecolor=colour_of(index), markeredgewidth=1.8,
+    )  # fmt: skip
+
+
+def _summary(axis: Axes, part: SliceCountResult, name: str, label: str) -> None:
+    interval = metric(part, name).interval
+    corner: dict[str, Any] = {"transform": axis.transAxes, "ha": "right", "linespacing": 1.4}
+    axis.text(0.98, 0.12, f"{label} {number(interval.estimate)}", fontsize=11, weight="bold", **corner)
+    axis.text(0.98, 0.045, bounds(interval), color=COLOURS["muted"], fontsize=8.5, **corner)
+
+
+def _rising(curve: Curve) -> tuple[Sequence[float], Sequence[float]]:
+    if curve.x[0] > curve.x[-1]:
+        return curve.x[::-1], curve.y[::-1]
+    return curve.x, curve.y
+
+
+def _band(axis: Axes, epochs: Sequence[int], mean: Sequence[float], sd: Sequence[float], colour: str) -> None:
+    middle, half = np.asarray(mean), np.asarray(sd)
+    axis.fill_between(epochs, middle - half, middle + half, color=colour, alpha=0.18, linewidth=0)
+    axis.plot(epochs, middle, color=colour, marker="o" if len(epochs) == 1 else "", markersize=4)
+
+
+def _shade_unfrozen(axis: Axes, learning: LearningCurve) -> None:
+    unfrozen = [epoch for epoch, stage in zip(learning.epoch, learning.stage, strict=True) if stage == "unfrozen"]
+    if not unfrozen:
+        return
+    axis.axvspan(min(unfrozen) - 0.5, max(unfrozen) + 0.5, color=COLOURS["grid"], linewidth=0, zorder=0)
+
+
+def _label_ends(axis: Axes, learning: LearningCurve, colour: str) -> None:
+    low, high = axis.get_ylim()
+    gap = LABEL_GAP * (high - low)
+    train, validation = learning.train_loss[-1], learning.validation_loss[-1]
+    push = max(0.0, gap - abs(train - validation)) / 2 * (1 if validation >= train else -1)
+    x = axis.get_xlim()[1]
+    for text, y, ink in (("train", train - push, COLOURS["muted"]), ("validation", validation + push, colour)):
+        axis.text(x, y, f" {text}", va="center", color=ink, fontsize=8)
+    if "unfrozen" in learning.stage:
+        start = learning.epoch[learning.stage.index("unfrozen")] - 0.5
+        axis.text(start, high, "unfrozen ", ha="right", va="top", color=COLOURS["muted"], fontsize=8)

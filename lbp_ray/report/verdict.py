@@ -1,0 +1,170 @@
+"""What the figures say, in plain sentences made from the figures.
+
+No sentence ranks slice counts: overlapping intervals read "not distinguishable here", which claims no equality.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from lbp_ray.report.words import bounds, by_slices, interval_level, listed, metric, number, p_value, slices
+
+if TYPE_CHECKING:
+    from lbp_ray.result import Interval, SliceCountResult, StudyResult
+
+CHANCE_AUC = 0.5
+"""ROC-AUC of scores that know nothing of the label."""
+
+PERMUTATION_LEVEL = 0.05
+"""A permutation p-value at or below this is called "stands out"; the value itself is always printed."""
+
+NULL_MEAN_TOLERANCE = 0.02
+"""A permutation mean farther than this from 0.5 is pointed out: it hints at leakage or at a faulty shuffle."""
+
+INTERVAL_MEANING = "Intervals are over patients and conditional on the trained models."
+"""Stands wherever intervals are shown."""
+
+INTERVAL_EXPLANATION = (
+    "They say how the figures would move with other patients, not with other trainings; of those the spread over seeds"
+    " gives an idea."
+)
+"""Follows `INTERVAL_MEANING` where there is room."""
+
+
+def verdict_sentences(result: StudyResult) -> list[str]:
+    """Write the paragraph that opens the report.
+
+    Parameters
+    ----------
+    result
+        A result that `check_reportable` accepted.
+
+    Returns
+    -------
+    list of str
+        Sentences in reading order: chance, ceiling (synthetic cohorts), permutations, slice counts, intervals.
+    """
+    return [
+        *_chance_sentences(result),
+        *_ceiling_sentences(result),
+        *_permutation_sentences(result),
+        *_comparison_sentences(result),
+        INTERVAL_MEANING,
+    ]
+
+
+def against_chance(interval: Interval) -> str:
+    """Say where an AUC interval lies: ``above``, ``includes`` or ``below`` 0.5 (an end on 0.5 includes it)."""
+    if interval.low > CHANCE_AUC:
+        return "above"
+    return "below" if interval.high < CHANCE_AUC else "includes"
+
+
+def disjoint_pairs(result: StudyResult, name: str) -> list[tuple[int, int]]:
+    """Return the pairs of slice counts whose intervals of one metric do not overlap, fewest slices first."""
+    held = [(part.num_slices, metric(part, name).interval) for part in by_slices(result)]
+    return [(a, b) for (a, one), (b, other) in combinations(held, 2) if one.high < other.low or other.high < one.low]
+
+
+def comparison(result: StudyResult, name: str) -> str:
+    """Write what a table cell may say about one metric across slice counts."""
+    if len(result.slice_counts) < 2:
+        return "one slice count only"
+    pairs = disjoint_pairs(result, name)
+    if not pairs:
+        return "not distinguishable here"
+    return "intervals apart: " + ", ".join(f"{a} | {b}" for a, b in pairs)
+
+
+def _chance_sentences(result: StudyResult) -> list[str]:
+    groups: dict[str, list[SliceCountResult]] = {"above": [], "includes": [], "below": []}
+    for part in by_slices(result):
+        groups[against_chance(metric(part, "roc_auc").interval)].append(part)
+    level = interval_level(result)
+    sentences = []
+    if groups["above"]:
+        excluded = "the interval excludes" if len(groups["above"]) == 1 else "each interval excludes"
+        sentences.append(
+            "Judged on patients left out of the training, the scores separate symptomatic from asymptomatic studies"
+            f" better than chance with {_figures(groups['above'], level)}; {excluded} 0.5."
+        )
+    if groups["includes"]:
+        included = "the interval includes" if len(groups["includes"]) == 1 else "each interval includes"
+        sentences.append(f"Better than chance is not shown with {_figures(groups['includes'], level)}; {included} 0.5.")
+    if groups["below"]:
+        sentences.append(
+            f"Below chance with {_figures(groups['below'], level)}: look for swapped labels or a fault before reading"
+            " on."
+        )
+    return sentences
+
+
+def _figures(parts: list[SliceCountResult], level: str) -> str:
+    texts = []
+    for index, part in enumerate(parts):
+        interval = metric(part, "roc_auc").interval
+        kind, of = ("ROC-AUC ", f"{level} interval ") if index == 0 else ("", "")
+        texts.append(f"{slices(part.num_slices)} ({kind}{number(interval.estimate)}, {of}{bounds(interval)})")
+    return listed(texts)
+
+
+def _ceiling_sentences(result: StudyResult) -> list[str]:
+    if result.bayes is None:
+        return []
+    ceiling = result.bayes.realised_auc
+    gaps = [ceiling - metric(part, "roc_auc").interval.estimate for part in by_slices(result)]
+    known = (
+        "The cohort is synthetic, so the best ROC-AUC that any model could reach on these very studies is known:"
+        f" {number(ceiling)}."
+    )
+    if min(gaps) < 0:
+        return [known, "An estimate above that ceiling is luck or leakage: look for the latter first."]
+    low, high = number(min(gaps)), number(max(gaps))
+    distance = low if low == high else f"{low} to {high}"
+    stays = "estimate stays" if len(gaps) == 1 else "estimates stay"
+    return [known, f"The {stays} {distance} below it."]
+
+
+def _permutation_sentences(result: StudyResult) -> list[str]:
+    tested = [(part.num_slices, part.permutation) for part in by_slices(result) if part.permutation is not None]
+    if not tested:
+        return ["No permutation test was run."]
+    times = listed(sorted({str(null.num_permutations) for _, null in tested}, key=int))
+    out = [f"{slices(n)} ({p_value(null.p_value)})" for n, null in tested if null.p_value <= PERMUTATION_LEVEL]
+    within = [f"{slices(n)} ({p_value(null.p_value)})" for n, null in tested if null.p_value > PERMUTATION_LEVEL]
+    means = listed(sorted({number(null.mean) for _, null in tested}))
+    claims = [f"stands out with {listed(out)}"] if out else []
+    claims += [f"does not stand out with {listed(within)}"] if within else []
+    sentences = [
+        f"Against {times} shuffles of the labels among patients, whose AUC averages {means},"
+        f" the frozen stage {', and '.join(claims)}."
+    ]
+    drifted = [slices(n) for n, null in tested if abs(null.mean - CHANCE_AUC) > NULL_MEAN_TOLERANCE]
+    if drifted:
+        sentences.append(
+            f"With {listed(drifted)} the shuffled labels do not average 0.50 ± {NULL_MEAN_TOLERANCE}:"
+            " look for leakage before believing the rest."
+        )
+    return sentences
+
+
+def _comparison_sentences(result: StudyResult) -> list[str]:
+    if len(result.slice_counts) < 2:
+        return []
+    counts = [part.num_slices for part in by_slices(result)]
+    apart = disjoint_pairs(result, "roc_auc")
+    if not apart:
+        named = f"{listed([str(count) for count in counts])} slices"
+        return [
+            f"By ROC-AUC, {named} are not distinguishable here: the intervals overlap, which does not make them equal."
+        ]
+    overlapping = [pair for pair in combinations(counts, 2) if pair not in apart]
+    sentence = f"By ROC-AUC, the intervals of {_pairs(apart)} lie apart"
+    if overlapping:
+        sentence += f"; those of {_pairs(overlapping)} overlap: not distinguishable here"
+    return [f"{sentence}.", "One metric alone ranks nothing."]
+
+
+def _pairs(pairs: list[tuple[int, int]]) -> str:
+    return listed([f"{a} and {b} slices" for a, b in pairs]).replace(" slices and ", " slices and of ")

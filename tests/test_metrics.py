@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, matthews_corrcoef, roc_auc_score
+
+from lbp_ray import metrics
+
+TABLE_5 = {
+    1: ((2, 2, 12, 37), {"precision": 0.500, "npv": 0.755, "recall": 0.143, "specificity": 0.949, "balanced_accuracy": 0.546, "mcc": 0.153}),
+    3: ((8, 6, 6, 33), {"precision": 0.571, "npv": 0.846, "recall": 0.571, "specificity": 0.846, "balanced_accuracy": 0.709, "mcc": 0.418}),
+    5: ((11, 17, 3, 22), {"precision": 0.393, "npv": 0.880, "recall": 0.786, "specificity": 0.564, "balanced_accuracy": 0.675, "mcc": 0.309}),
+}  # fmt: skip
+"""Confusion counts (tp, fp, fn, tn) that the thesis's Table 5 implies, and the table."""
+
+
+@pytest.fixture
+def scored():
+    generator = np.random.default_rng(0)
+    labels = (generator.random(60) < 0.4).astype(int)
+    return labels, np.round(generator.random(60) + 0.3 * labels, 1)
+
+
+@pytest.mark.parametrize("num_slices", TABLE_5)
+def test_thesis_table_is_reproduced(num_slices):
+    counts, expected = TABLE_5[num_slices]
+    found = metrics.threshold_metrics(metrics.Counts(*(np.array([value]) for value in counts)))
+    assert {name: round(float(found[name][0]), 3) for name in expected} == pytest.approx(expected, abs=6e-4)
+
+
+def test_nothing_called_positive_gives_zeros_not_nan():
+    found = metrics.threshold_metrics(metrics.confusion(np.array([0, 1]), np.array([0, 0])))
+    assert (found["precision"][0], found["mcc"][0]) == (0, 0)
+
+
+def test_resampled_metrics_equal_scikit_learn(scored):
+    labels, scores = scored
+    decisions = (scores > 0.6).astype(int)
+    weights = metrics.patient_resamples(np.arange(60), labels, resamples=50, seed=1)
+    found = metrics.resampled_metrics(labels, scores, decisions, weights)
+    for row, weight in enumerate(weights):
+        assert found["roc_auc"][row] == pytest.approx(roc_auc_score(labels, scores, sample_weight=weight))
+        assert found["average_precision"][row] == pytest.approx(average_precision_score(labels, scores, sample_weight=weight))
+        assert found["mcc"][row] == pytest.approx(matthews_corrcoef(labels, decisions, sample_weight=weight))
+
+
+def test_resamples_keep_a_patients_exams_together():
+    patients = np.repeat(np.arange(20), 3)
+    weights = metrics.patient_resamples(patients, np.tile([0, 1, 0], 20), resamples=100, seed=0)
+    assert (weights.reshape(100, 20, 3) == weights.reshape(100, 20, 3)[..., :1]).all()
+    assert (weights.sum(1) == 60).all()
+
+
+def test_resamples_always_hold_both_classes():
+    labels = np.array([1, 0, 0, 0])
+    weights = metrics.patient_resamples(np.arange(4), labels, resamples=200, seed=0)
+    assert (weights[:, 0] > 0).all()
+    assert (weights[:, 1:].sum(1) > 0).all()
+
+
+def test_bootstrap_interval_narrows_with_patients_not_with_slices():
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 40)
+    scores = generator.normal(labels, 1)
+    widths = []
+    for repeats in (1, 5):
+        args = (np.repeat(labels, repeats), np.repeat(scores, repeats))
+        patients = np.repeat(np.arange(80), repeats)
+        weights = metrics.patient_resamples(patients, args[0], resamples=500, seed=0)
+        low, high = metrics.percentile_interval(metrics.resampled_metrics(*args, args[0], weights)["roc_auc"], 0.95)
+        widths.append(high - low)
+    assert widths[0] == pytest.approx(widths[1])
+
+
+def test_youden_prefers_specificity_on_ties():
+    labels, scores = np.array([0, 1, 0, 1]), np.array([0.1, 0.2, 0.3, 0.4])
+    assert metrics.youden_threshold(labels, scores) == 0.4
+
+
+def test_youden_on_reversed_scores_calls_nothing_positive():
+    labels, scores = np.array([1, 0]), np.array([0.1, 0.9])
+    assert (scores >= metrics.youden_threshold(labels, scores)).sum() == 0
+
+
+def test_threshold_of_a_fold_ignores_its_own_scores(scored):
+    labels, scores = scored
+    folds = np.arange(60) % 3
+    before = metrics.cross_fitted_thresholds(labels, scores, folds)
+    changed = np.where(folds == 0, scores[::-1], scores)
+    after = metrics.cross_fitted_thresholds(labels, changed, folds)
+    assert before[0] == after[0]
+
+
+def test_study_rules():
+    studies, scores = np.array(["b", "a", "b"]), np.array([0.1, 0.3, 0.5])
+    assert metrics.study_scores(studies, scores, rule="max")[1].tolist() == [0.3, 0.5]
+    assert metrics.study_scores(studies, scores, rule="mean")[1].tolist() == [0.3, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "match"),
+    [([0, 1], [0.1, np.nan], "must be finite"), ([1, 1], [0.1, 0.2], "both classes"), ([0, 2], [0.1, 0.2], "0 or 1")],
+)
+def test_spoilt_input_is_refused(labels, scores, match):
+    with pytest.raises(metrics.MetricError, match=match):
+        metrics.roc_auc(np.array(labels), np.array(scores))
