@@ -92,6 +92,8 @@ class Recipe(FrozenModel):
     """Learning rate from epoch ``learning_rate_drop`` on."""
     learning_rate_drop: PositiveInt = 30
     """First epoch (counted from 1, over both stages) that uses ``learning_rate_late``."""
+    learning_rate_unfrozen: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the unfrozen epochs; None lets the schedule above run on."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-3
     """Adam's L2 term."""
     batch_size: PositiveInt = 32

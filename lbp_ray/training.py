@@ -109,7 +109,9 @@ def batch_order(*, seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def learning_rate(recipe: Recipe, epoch: int) -> float:
-    """Return the learning rate of an epoch counted from 1."""
+    """Return the learning rate of an epoch counted from 1 over both stages."""
+    if epoch > recipe.frozen_epochs and recipe.learning_rate_unfrozen is not None:
+        return recipe.learning_rate_unfrozen
     return recipe.learning_rate if epoch < recipe.learning_rate_drop else recipe.learning_rate_late
 
 

@@ -2,14 +2,20 @@
 
 The rooms, in the order the data meets them:
 
-- ``index``: walk a messy tree, headers only; one row and one terminal state per file.
+- ``index``: walk a messy tree, headers only; one row per file, whatever the file is.
 - ``select``: pure rules from rows to stacks to one sagittal T2 stack per exam, with a reason for every rejection.
 - ``geometry``: slice order, spacing and affine along the true normal (mm, patient LPS).
 - ``volume``: selected stack to stored pixel values.
-- ``deidentify``: typed allow-list and keyed pseudonyms; ``link`` rewrites labels, gradings and annotations with them.
+- ``deidentify``: typed allow-list and keyed pseudonyms.
 - ``store``: the contract: schema, writer, reader and verification of the Zarr slice store.
+- ``convert``: one stack to one committed series: the unit of work.
+- ``uid_index``: the private index of which identifiers became which pseudonyms.
 - ``midsagittal``: volume to mid-sagittal slice by FFT correlation with templates.
-- ``job``: the Ray job that fans the work out, resumes and accounts for every file.
+- ``accounting``: one terminal state per file; the private and the shareable report.
+- ``pipeline``: the order of all this, on whatever runs the tasks.
+- ``job``: runs the tasks on Ray: named, bounded, retried.
+- ``link``: labels, gradings and annotation names to the store's pseudonyms.
+- ``exam``: one exam in this process, by the same code path.
 - ``commit``: atomic files and directories, content hashes and the fail-points that tests kill at.
 
 ``python -m preprocess`` is the command line. Nothing here imports torch, and only ``job`` imports ray.

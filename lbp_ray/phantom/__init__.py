@@ -5,7 +5,9 @@ The rooms, in the order an exam is made:
 - ``config``: what a cohort is: size, grades, label strength, matrix, where it goes.
 - ``tissue``: proton density, T1, T2 and fat fraction of every material; the spin-echo signal.
 - ``anatomy``: a subject's chain of bodies and discs, its pose, and the spine-following coordinates of every pixel.
-- ``paint``: materials of one thin sagittal plane in those coordinates; ``posterior`` adds the bone behind the canal.
+- ``grid``: the canvas in those coordinates, interpolation between grids, textures.
+- ``column``: vertebral bodies and discs; ``posterior``: the bone behind the canal.
+- ``paint``: all materials of one thin sagittal plane.
 - ``surround``: what lies around the spine: abdomen, back fat, skin, air.
 - ``acquire``: coil sensitivity, saturation band, band-limited k-space with complex noise.
 - ``exam``: one exam: volumes of each contrast, geometry, truth and label maps.

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import fft
+from scipy.special import expit
 
-from lbp_ray.phantom.paint import spread
+from lbp_ray.phantom.grid import enlarge, spread
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,26 +54,29 @@ class Receiver:
 
     def kspace(self, signal: Field, rng: np.random.Generator) -> NDArray[np.complex64]:
         """Noisy k-space of a slice, zero frequency first, complex64: what a faster scan would sample less of."""
-        data = fft.fft2(signal * self.sensitivity)
+        data: NDArray[np.complex64] = fft.fft2(signal * self.sensitivity)
         scale = np.float32(self.noise * np.sqrt(signal.size))
-        noise = rng.standard_normal((*signal.shape, 2), np.float32).view(np.complex64)[..., 0]
-        noise *= scale
-        data += noise
-        data *= self.window
-        return data  # type: ignore[no-any-return]
+        kept = int(np.ceil((ACQUIRED[0] + 0.12) * len(signal) / 2))
+        data[kept:-kept] = 0
+        for rows in (slice(None, kept), slice(-kept, None)):
+            noise = rng.standard_normal((kept, signal.shape[1], 2), np.float32)
+            noise *= scale
+            data[rows] += noise.view(np.complex64)[..., 0]
+            data[rows] *= self.window[rows]
+        return data
 
 
 def build_receiver(anatomy: Anatomy, surround: Surround, noise: float, rng: np.random.Generator) -> Receiver:
     """Draw the coil sensitivity and saturation band for a subject; `noise` is the mean standard deviation."""
     plane = surround.plane
     depth = (surround.skin[:, None] - plane.u).clip(0)
-    fall = 0.16 + 1.05 * np.exp(-depth / rng.uniform(85, 115))
+    fall = 0.16 + 1.05 * np.exp(-depth / rng.uniform(95, 130))
     along = 1 / (1 + np.abs((plane.v - rng.normal(0, 10)) / rng.uniform(150, 175)) ** 5)
     waves = _smooth_noise(rng, fall.shape, 4)
     front = np.interp(plane.v, anatomy.curve.v, anatomy.curve.u) - anatomy.half_depth.max()
     line = np.polynomial.Polynomial.fit(plane.v, front - rng.uniform(16, 30), 1)(plane.v)
-    keep = rng.uniform(0.14, 0.3)
-    band = keep + (1 - keep) / (1 + np.exp(-(plane.u - line[:, None]) / 3.5))
+    keep = rng.uniform(0.25, 0.45)
+    band = keep + (1 - keep) * expit((plane.u - line[:, None]) / 3.5)
     sensitivity = (fall * along[:, None] * band * (1 + 0.07 * waves)).astype(np.float32)
     window = np.outer(_fermi(len(plane.v), ACQUIRED[0]), _fermi(len(plane.u), ACQUIRED[1])).astype(np.float32)
     return Receiver(sensitivity, window, noise * float(np.exp(rng.normal(0, 0.15))))
@@ -80,14 +84,13 @@ def build_receiver(anatomy: Anatomy, surround: Surround, noise: float, rng: np.r
 
 def _fermi(count: int, share: float) -> NDArray[np.float64]:
     frequency = np.abs(fft.fftfreq(count)) * 2
-    window: NDArray[np.float64] = 1 / (1 + np.exp((frequency - share) / 0.03))
-    return window
+    return np.asarray(expit((share - frequency) / 0.03))
 
 
 def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], nodes: int) -> Field:
     coarse = rng.standard_normal((nodes, nodes), np.float32)
     rows, cols = (spread(np.linspace(0, nodes - 1, size), nodes) for size in shape)
-    return rows @ coarse @ cols.T
+    return enlarge(rows, coarse, cols)
 
 
 class Grain:
@@ -97,9 +100,7 @@ class Grain:
         self.mixers = []
         for length_mm, strength in ((1.6, 0.055), (5.0, 0.04)):
             nodes = [int(size * pixel_mm / length_mm) + 3 for size in shape]
-            weights = [
-                spread(np.arange(size) * pixel_mm / length_mm, n) for size, n in zip(shape, nodes, strict=True)
-            ]
+            weights = [spread(np.arange(size) * pixel_mm / length_mm, n) for size, n in zip(shape, nodes, strict=True)]
             self.mixers.append((strength, nodes, weights))
 
     def draw(self, rng: np.random.Generator) -> Field:
@@ -107,7 +108,7 @@ class Grain:
         total = np.float32(1)
         for strength, nodes, (rows, cols) in self.mixers:
             coarse = rng.standard_normal(nodes, np.float32) * np.float32(strength)
-            total = total + rows @ coarse @ cols.T
+            total = total + enlarge(rows, coarse, cols)
         return total  # type: ignore[return-value]
 
 

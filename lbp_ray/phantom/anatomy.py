@@ -22,7 +22,26 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-SEGMENTS = ("T8", "T9", "T10", "T11", "T12", "L1", "L2", "L3", "L4", "L5", "S1", "S2", "S3", "S4", "S5", "Co1", "Co2", "Co3")
+SEGMENTS = (
+    "T8",
+    "T9",
+    "T10",
+    "T11",
+    "T12",
+    "L1",
+    "L2",
+    "L3",
+    "L4",
+    "L5",
+    "S1",
+    "S2",
+    "S3",
+    "S4",
+    "S5",
+    "Co1",
+    "Co2",
+    "Co3",
+)
 """Segments of the chain, top to bottom."""
 
 FIRST_LUMBAR, SACRUM, COCCYX = SEGMENTS.index("L1"), SEGMENTS.index("S1"), SEGMENTS.index("Co1")
@@ -35,7 +54,7 @@ _HALF_DEPTH_MM = np.array([13.5, 14, 14.5, 15, 15.5, 16, 16.6, 17, 17.4, 17.6, 1
 _HALF_WIDTH_MM = np.array([15, 15.5, 16, 17.5, 19, 20.5, 21.5, 22.5, 24, 25.5, 26, 24, 22, 18, 14, 8, 5, 3.0])
 _DISC_MM = np.array([4.6, 5, 5.5, 6.3, 7.4, 8.8, 10, 11, 11.6, 10.8, 2.6, 1.3, 1.1, 1.1, 1.8, 1.2, 1, 1.0])
 _ANGLE_DEG = np.array([-2, -4, -7, -10, -12.5, -13, -10.5, -4.5, 5, 19, 38, 45, 38, 20, -4, -26, -40, -46.0])
-_FASCIA_MM = np.array([36, 38, 41, 45, 49, 53, 55, 56, 55, 51, 43, 34, 27, 22, 19, 17, 15, 14.0])
+_FASCIA_MM = np.array([38, 40, 43, 47, 51, 55, 57.5, 59, 59, 55, 45, 34, 27, 22, 19, 17, 15, 14.0])
 _FAT_MM = np.array([8, 8, 8.5, 9, 10, 11.5, 14, 17, 21, 25, 27, 25, 22, 20, 18, 17, 16, 16.0])
 
 DISC_HEIGHT_FACTOR = np.array([1.0, 1.04, 1.0, 0.90, 0.70, 0.42])
@@ -203,7 +222,9 @@ def build_anatomy(
     """
     count, scale = len(SEGMENTS), pose.scale
     height = _HEIGHT_MM * scale * build.normal(1, 0.025, count)
-    half_depth = gaussian_filter1d(_HALF_DEPTH_MM * build.normal(1, 0.02, count), 0.3) * scale * build.uniform(0.95, 1.06)
+    half_depth = (
+        gaussian_filter1d(_HALF_DEPTH_MM * build.normal(1, 0.02, count), 0.3) * scale * build.uniform(0.95, 1.06)
+    )
     lordosis, shift = build.uniform(0.78, 1.2), build.uniform(-4, 4)
     discs = _draw_discs(exam, *grades)
     disc_height = _DISC_MM * scale * build.normal(1, 0.05, count)

@@ -99,11 +99,15 @@ def draw_exams(section: CohortSection, seed: np.random.SeedSequence) -> Exams:
     """
     structure, wear, labels, pool = (np.random.default_rng(child) for child in seed.spawn(4))
     analysed, excluded = section.studies, section.excluded_imaged
-    patient = np.concatenate([_patients(structure, analysed, section.exams_per_patient), analysed + np.arange(excluded)])
+    patient = np.concatenate(
+        [_patients(structure, analysed, section.exams_per_patient), analysed + np.arange(excluded)]
+    )
     latent = _latent(wear, patient, section)
     grader = _Grader(section.grades)
-    graded = [grader(part, wear, exact=section.grades == "oulu" and k == 0) for k, part in enumerate(
-        (tuple(x[:analysed] for x in latent), tuple(x[analysed:] for x in latent)))]
+    graded = [
+        grader(part, wear, exact=section.grades == "oulu" and k == 0)
+        for k, part in enumerate((tuple(x[:analysed] for x in latent), tuple(x[analysed:] for x in latent)))
+    ]
     pfirrmann, modic = (np.concatenate(parts) for parts in zip(*graded, strict=True))
     reference = severity(*grader(_latent(pool, np.arange(_POOL), section), pool, exact=False))
     strength, intercept, expected = calibrate(reference, section.positives / analysed, section.bayes_auc)
@@ -155,7 +159,11 @@ class _Grader:
             types = self.modic[level]
             order = _fractions(change[:, level], exact=exact)
             changed = order >= types[0] / types.sum()
-            kinds = np.repeat([1, 2, 3], types[1:]) if exact else rng.choice([1, 2, 3], changed.sum(), p=types[1:] / types[1:].sum())
+            kinds = (
+                np.repeat([1, 2, 3], types[1:])
+                if exact
+                else rng.choice([1, 2, 3], changed.sum(), p=types[1:] / types[1:].sum())
+            )
             modic[changed, level] = rng.permutation(kinds)
         return pfirrmann, modic
 

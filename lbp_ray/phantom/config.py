@@ -38,7 +38,9 @@ class ImageSection(FrozenModel):
             msg = f"image.slices_max must be at least image.slices_min, found {self.slices_max} < {self.slices_min}"
             raise ValueError(msg)
         if self.slices_min // 2 - self.mid_shift < 1:
-            msg = f"image.slices_min must exceed twice image.mid_shift by 2, found {self.slices_min} and {self.mid_shift}"
+            msg = (
+                f"image.slices_min must exceed twice image.mid_shift by 2, found {self.slices_min} and {self.mid_shift}"
+            )
             raise ValueError(msg)
         return self
 
@@ -77,9 +79,13 @@ class CohortSection(FrozenModel):
     def _counts_agree(self) -> Self:
         faults = []
         if self.positives >= self.studies:
-            faults.append(f"cohort.positives must be fewer than cohort.studies, found {self.positives} of {self.studies}")
+            faults.append(
+                f"cohort.positives must be fewer than cohort.studies, found {self.positives} of {self.studies}"
+            )
         if self.excluded_imaged > sum(self.excluded.values()):
-            faults.append(f"cohort.excluded_imaged is {self.excluded_imaged} of {sum(self.excluded.values())} excluded rows")
+            faults.append(
+                f"cohort.excluded_imaged is {self.excluded_imaged} of {sum(self.excluded.values())} excluded rows"
+            )
         if self.annotated is not None and self.annotated > self.studies:
             faults.append(f"cohort.annotated must be at most cohort.studies, found {self.annotated} of {self.studies}")
         if self.grades == "oulu" and self.studies != 526:

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.filebase import DicomBytesIO
+from pydicom.filewriter import correct_ambiguous_vr, write_data_element, write_file_meta_info
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 from lbp_ray.phantom.tissue import T1, T2, Contrast
@@ -62,7 +65,13 @@ class Written:
 
 
 def write_exam(
-    exam: SyntheticExam, identity: Identity, root: Path, rng: np.random.Generator, *, localizer: bool, flipped_share: float
+    exam: SyntheticExam,
+    identity: Identity,
+    root: Path,
+    rng: np.random.Generator,
+    *,
+    localizer: bool,
+    flipped_share: float,
 ) -> Written:
     """Write every series of an exam.
 
@@ -220,12 +229,15 @@ def _write_sagittal(
     )
     folder = namer.series()
     base.ImageOrientationPatient = [_ds(c) for c in (0, toward, 0, 0, 0, -1)]
+    encoder = _Encoder(base)
     for k in namer.rng.permutation(count).tolist():
         x = x0 + exam.positions_mm[k]
-        base.SOPInstanceUID, base.InstanceNumber = uids[k], int(numbers[k])
-        base.ImagePositionPatient = [_ds(x), _ds(y0 - toward * half), _ds(z0 + half)]
-        base.SliceLocation = _ds(-x)
-        _save(base, volume[k], namer.file(folder, uids[k]))
+        own = Dataset()
+        own.PixelRepresentation = 0
+        own.SOPInstanceUID, own.InstanceNumber = uids[k], int(numbers[k])
+        own.ImagePositionPatient = [_ds(x), _ds(y0 - toward * half), _ds(z0 + half)]
+        own.SliceLocation = _ds(-x)
+        encoder.save(own, volume[k], namer.file(folder, uids[k]))
     return uids
 
 
@@ -259,14 +271,16 @@ def _write_localizer(exam: SyntheticExam, identity: Identity, table: NDArray[np.
             "PixelSpacing": [_ds(LOCALIZER_FOV_MM / LOCALIZER_MATRIX)] * 2,
         }
     )
-    folder = namer.series()
+    folder, encoder = namer.series(), _Encoder(base)
     half = LOCALIZER_FOV_MM / 2 * (1 - 1 / LOCALIZER_MATRIX)
     for number, (rows, columns, pixels) in enumerate(_localizer_images(exam, namer.rng), start=1):
         corner = table - half * (np.array(rows) + np.array(columns))
-        base.SOPInstanceUID, base.InstanceNumber = identity.uid("localizer", number), number
-        base.ImageOrientationPatient = [_ds(c) for c in (*columns, *rows)]
-        base.ImagePositionPatient = [_ds(c) for c in corner]
-        _save(base, pixels, namer.file(folder, base.SOPInstanceUID))
+        own = Dataset()
+        own.PixelRepresentation = 0
+        own.SOPInstanceUID, own.InstanceNumber = identity.uid("localizer", number), number
+        own.ImageOrientationPatient = [_ds(c) for c in (*columns, *rows)]
+        own.ImagePositionPatient = [_ds(c) for c in corner]
+        encoder.save(own, pixels, namer.file(folder, own.SOPInstanceUID))
 
 
 _PLANES = (((0, 0, -1), (0, 1, 0)), ((0, 0, -1), (1, 0, 0)), ((0, 1, 0), (1, 0, 0)))
@@ -282,9 +296,10 @@ def _localizer_images(
     half = exam.imaging.fov_mm / 2
     images = []
     for rows, columns in _PLANES:
-        point = np.multiply.outer(np.array(rows, float), axis)[:, :, None] + np.multiply.outer(
-            np.array(columns, float), axis
-        )[:, None, :]
+        point = (
+            np.multiply.outer(np.array(rows, float), axis)[:, :, None]
+            + np.multiply.outer(np.array(columns, float), axis)[:, None, :]
+        )
         x, y, z = point
         body = 420.0 * (((x / 185) ** 4 + (y / 112) ** 4) < 1)
         k = np.rint((x - exam.positions_mm[0]) / exam.imaging.spacing_mm).astype(int)
@@ -297,17 +312,38 @@ def _localizer_images(
     return images
 
 
-def _save(base: Dataset, pixels: NDArray[np.uint16], path: Path) -> None:
-    base.SmallestImagePixelValue, base.LargestImagePixelValue = int(pixels.min()), int(pixels.max())
-    base.WindowCenter, base.WindowWidth = str(int(pixels.max()) // 3), str(int(pixels.max()) * 2 // 3)
-    base.PixelData = np.ascontiguousarray(pixels, "<u2").tobytes()
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = MRImageStorage
-    meta.MediaStorageSOPInstanceUID = base.SOPInstanceUID
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    buffer = io.BytesIO()
-    FileDataset(buffer, base, file_meta=meta, preamble=b"\0" * 128).save_as(buffer, enforce_file_format=True)
-    path.write_bytes(buffer.getvalue())
+class _Encoder:
+    """Writes the files of one series: what its slices share is encoded once."""
+
+    def __init__(self, shared: Dataset) -> None:
+        self.shared = _encode(shared)
+
+    def save(self, own: Dataset, pixels: NDArray[np.uint16], path: Path) -> None:
+        """Write one slice with its `own` elements."""
+        low, high = int(pixels.min()), int(pixels.max())
+        own.SmallestImagePixelValue, own.LargestImagePixelValue = low, high
+        own.WindowCenter, own.WindowWidth = str(high // 3), str(high * 2 // 3)
+        own["PixelData"] = DataElement("PixelData", "OW", np.ascontiguousarray(pixels, "<u2").tobytes())
+        elements = self.shared | _encode(own)
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID = MRImageStorage
+        meta.MediaStorageSOPInstanceUID = own.SOPInstanceUID
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        buffer = io.BytesIO()
+        buffer.write(b"\0" * 128 + b"DICM")
+        write_file_meta_info(buffer, meta)
+        path.write_bytes(buffer.getvalue() + b"".join(elements[tag] for tag in sorted(elements)))
+
+
+def _encode(dataset: Dataset) -> dict[int, bytes]:
+    """Explicit little-endian bytes of each element, by tag."""
+    encoded = {}
+    for element in correct_ambiguous_vr(dataset, is_little_endian=True):
+        buffer = DicomBytesIO()
+        buffer.is_little_endian, buffer.is_implicit_VR = True, False
+        write_data_element(buffer, element, encodings=["iso8859"])
+        encoded[int(element.tag)] = buffer.getvalue()
+    return encoded
 
 
 def _ds(value: float) -> str:

@@ -9,9 +9,10 @@ import numpy as np
 
 from lbp_ray.phantom.acquire import Grain, Receiver, build_receiver, quantise
 from lbp_ray.phantom.anatomy import Anatomy, build_anatomy, draw_pose
-from lbp_ray.phantom.paint import Grid, Painter, spread
+from lbp_ray.phantom.grid import Grid, enlarge, spread
+from lbp_ray.phantom.paint import Painter
 from lbp_ray.phantom.surround import Plane, Surround
-from lbp_ray.phantom.tissue import T1, T2, Contrast, Palette
+from lbp_ray.phantom.tissue import T1, T2, TISSUES, Contrast, Palette, signal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -95,7 +96,9 @@ class SyntheticExam:
 class Scene:
     """A subject ready to be cut: painter, pixel lookups and surroundings."""
 
-    def __init__(self, anatomy: Anatomy, imaging: Imaging, contrasts: Sequence[Contrast], seed: np.random.SeedSequence) -> None:
+    def __init__(
+        self, anatomy: Anatomy, imaging: Imaging, contrasts: Sequence[Contrast], seed: np.random.SeedSequence
+    ) -> None:
         look, grain, around, self._stream = (np.random.default_rng(child) for child in seed.spawn(4))
         self.anatomy, self.imaging = anatomy, imaging
         self.plane = Plane.square(imaging.matrix, imaging.fov_mm)
@@ -135,7 +138,7 @@ class Scene:
         pixel = self.imaging.pixel_mm
         rows = spread((self.plane.v + dv * pixel - coarse[0]) / _COARSE_MM, len(coarse))
         cols = spread((self.plane.u + du * pixel - coarse[0]) / _COARSE_MM, len(coarse))
-        return rows @ field @ cols.T
+        return enlarge(rows, field, cols)
 
     def signals(self, x_mm: float) -> list[NDArray[np.float32]]:
         """Signal of a slice centred at `x_mm`, averaged over its sub-slices: one (rows, columns) image per contrast."""
@@ -161,7 +164,9 @@ class Scene:
         return labels.reshape(self.imaging.matrix, self.imaging.matrix)
 
 
-def simulate_exam(spec: ExamSpec, imaging: Imaging | None = None, contrasts: Sequence[Contrast] = (T2, T1)) -> SyntheticExam:
+def simulate_exam(
+    spec: ExamSpec, imaging: Imaging | None = None, contrasts: Sequence[Contrast] = (T2, T1)
+) -> SyntheticExam:
     """Simulate one exam.
 
     Parameters
@@ -206,7 +211,10 @@ def _acquire(
         for c, image in enumerate(scene.signals(float(x))):
             image *= texture
             magnitudes[c, k] = receiver.acquire(image, rng)
-    gains = rng.uniform(900, 1300, len(contrasts)) / np.percentile(magnitudes[:, :, ::4, ::4], 90, axis=(1, 2, 3))
+    bright = np.percentile(receiver.sensitivity[::4, ::4], 90) * np.array(
+        [signal(TISSUES["fat"], c) for c in contrasts]
+    )
+    gains = rng.uniform(1200, 1700, len(contrasts)) / bright
     return {c.name: quantise(m, float(g)) for c, m, g in zip(contrasts, magnitudes, gains, strict=True)}
 
 

@@ -86,7 +86,7 @@ def draw_histories(disposition: str, count: int, rng: np.random.Generator) -> tu
     """
     rate, days, hurt, present = DISPOSITIONS[disposition]
     shape = (count, _EPISODES)
-    onset = -rng.uniform(0, 1, (count, 1)) ** 0.5 * FOLLOW_UP_DAYS
+    onset = -(rng.uniform(0, 1, (count, 1)) ** 0.5) * FOLLOW_UP_DAYS
     happens = np.arange(_EPISODES) < rng.poisson(rate * -onset / 365)
     start = rng.uniform(0, 1, shape) * onset
     end = np.minimum(start + days * np.exp(rng.normal(0, 1.0, shape)), -1.0)

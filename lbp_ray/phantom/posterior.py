@@ -13,7 +13,7 @@ from lbp_ray.phantom.tissue import Palette, Tissue
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from lbp_ray.phantom.paint import Grid
+    from lbp_ray.phantom.grid import Grid
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class _Part:
     slant_deg: float
     near: float
     far: float
+    flare: float = 0.0
 
 
 def build_arches(anatomy: Anatomy, grid: Grid, palette: Palette) -> list[Arch]:
@@ -82,15 +83,24 @@ def _parts(k: int, depth: float, size: float, vary: NDArray[np.float64]) -> list
     lumbar = np.clip((k - 3) / 2, 0, 1)
     slant = (1 - lumbar) * 48 + lumbar * 14
     back = depth + 17.5 * size
-    length = size * (13.5 + 1.5 * lumbar) * (0.8 if k == SACRUM - 1 else 1.0)
+    length = size * (13.0 + 0.8 * lumbar) * (0.72 if k == SACRUM - 1 else 1.0)
     tall = size * (4.2 + 4.6 * lumbar) * vary[0]
     drop = size * ((1 - lumbar) * 17 + lumbar * 10)
     return [
         _Part(-4.0 * size, depth + 6.0, 11 * size, 6.4 * size, 0, 9.8 * size, 19 * size),
-        _Part(9 * size, back + 1, 12.5 * size, 4.3 * size, 72, 9 * size, 21 * size),
-        _Part(-11 * size, back - 3.5, 7.5 * size, 3.6 * size, 70, 12 * size, 21 * size),
+        _Part(9 * size, back + 1, 13 * size, 4.9 * size, 72, 9 * size, 21 * size),
+        _Part(-11 * size, back - 3.5, 8 * size, 4.2 * size, 70, 12 * size, 21 * size),
         _Part(6.5 * size, back + 2.5, 9.5 * size, 3.5 * size, 62, 1.2 * size, 13 * size),
-        _Part(drop + vary[1] - 1, back + length * 0.98 + vary[2], length * vary[3], tall, slant, -3.6 * size, 3.6 * size),
+        _Part(
+            drop + vary[1] - 1,
+            back + length * 0.98 + vary[2],
+            length * vary[3],
+            tall,
+            slant,
+            -3.6 * size,
+            3.6 * size,
+            0.3,
+        ),
     ]
 
 
@@ -98,10 +108,11 @@ def _sacral_parts(anatomy: Anatomy) -> list[tuple[int, _Part]]:
     parts = []
     for k, (gap, thick, crest) in enumerate([(15, 4.4, 9), (10.5, 4.0, 7), (7.5, 3.4, 5), (5.5, 2.6, 3)], start=SACRUM):
         scale, depth = anatomy.pose.scale, anatomy.half_depth[k]
-        half = anatomy.height[k] * 0.62
-        parts.append((k, _Part(2.0, depth + gap * scale + 3, half, thick * scale, 90, -16 * scale, 16 * scale)))
+        half = anatomy.height[k] * (0.42 if k == SACRUM else 0.62)
+        low = 5.0 if k == SACRUM else 2.0
+        parts.append((k, _Part(low, depth + gap * scale + 3, half, thick * scale, 90, -16 * scale, 16 * scale)))
         middle = depth + gap * scale + 3 + crest * 0.6 * scale
-        parts.append((k, _Part(3.0, middle, half * 0.7, crest * 0.8 * scale, 82, -3.2 * scale, 3.2 * scale)))
+        parts.append((k, _Part(low + 1, middle, half * 0.7, crest * 0.8 * scale, 82, -3.2 * scale, 3.2 * scale)))
     return parts
 
 
@@ -116,7 +127,9 @@ def _arch(anatomy: Anatomy, grid: Grid, k: int, part: _Part, materials: tuple[np
     t, d = block.t - np.float32(part.t), block.d - np.float32(part.d)
     cos, sin = np.cos(np.deg2rad(part.slant_deg)), np.sin(np.deg2rad(part.slant_deg))
     along, across = np.float32(cos) * d + np.float32(sin) * t, np.float32(cos) * t - np.float32(sin) * d
-    ratio = ((along / part.along) ** 4 + (np.abs(across) / part.across) ** 3) ** 0.3
+    flare = 1 + part.flare * (along / part.along).clip(-1.2, 1.2)
+    bow = 0.05 * np.sin(along * np.float32(0.30) + k) + 0.05 * np.sin(across * np.float32(0.35) + 2 * k)
+    ratio = ((along / part.along) ** 4 + np.abs(across / (part.across * flare)) ** 3) ** 0.3 + bow
     radius = min(part.along, part.across)
     distance = ((ratio - 1) * radius).astype(np.float32)
     x0 = float(anatomy.lateral_shift(np.array([anatomy.s_mid[k]]))[0])

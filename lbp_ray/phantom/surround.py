@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
-from lbp_ray.phantom.paint import spread
+from lbp_ray.phantom.grid import enlarge, spread
 from lbp_ray.phantom.tissue import TISSUES, Contrast, signal
 
 if TYPE_CHECKING:
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
     Field = NDArray[np.float32]
 
-COARSE_MM = 4.0
+COARSE_MM = 5.0
 """Grid on which the bowel is laid out before it is interpolated to pixels."""
+
+_SOFT_MM2 = 85.0
+"""How softly neighbouring bowel loops give way to each other: the squared distance of one step in log weight."""
 
 _LOOPS = ("bowel", "fluid", "gas", "stool", "fat", "organ")
 _SHARE = (0.30, 0.10, 0.14, 0.16, 0.20, 0.10)
@@ -49,9 +52,7 @@ class Plane:
 class Surround:
     """The signal around the spine, per slice and contrast."""
 
-    def __init__(
-        self, anatomy: Anatomy, plane: Plane, contrasts: Sequence[Contrast], rng: np.random.Generator
-    ) -> None:
+    def __init__(self, anatomy: Anatomy, plane: Plane, contrasts: Sequence[Contrast], rng: np.random.Generator) -> None:
         self.plane, self.rng = plane, rng
         fascia, skin = back_contours(anatomy, plane.v)
         self.skin = skin
@@ -77,21 +78,27 @@ class Surround:
     def _lay_out_loops(self) -> None:
         rng = self.rng
         grid = np.stack(
-            np.meshgrid(np.arange(-46, 47, 30.0), np.arange(-150, 151, 25.0), np.arange(-150, 90, 25.0), indexing="ij"), -1
+            np.meshgrid(np.arange(-50, 51, 33.0), np.arange(-150, 151, 27.0), np.arange(-150, 90, 27.0), indexing="ij"),
+            -1,
         ).reshape(-1, 3)
         self.seeds = (grid + rng.uniform(-11, 11, grid.shape)).astype(np.float32)
-        self.kind = rng.choice(len(_LOOPS), len(grid), p=_SHARE)
-        self.shade = rng.uniform(0.75, 1.3, (len(grid), 1)).astype(np.float32)
         u, v = self.plane.u[: self.columns], self.plane.v
+        seen = (
+            (self.seeds[:, 2] < u[-1] + 20) & (self.seeds[:, 2] > u[0] - 20) & (np.abs(self.seeds[:, 1]) < v[-1] + 20)
+        )
+        self.seeds = self.seeds[seen]
+        self.kind = rng.choice(len(_LOOPS), len(self.seeds), p=_SHARE)
+        self.shade = rng.uniform(0.75, 1.3, (len(self.seeds), 1)).astype(np.float32)
         coarse_u = np.arange(u[0] - COARSE_MM, u[-1] + 2 * COARSE_MM, COARSE_MM)
         coarse_v = np.arange(v[0] - COARSE_MM, v[-1] + 2 * COARSE_MM, COARSE_MM)
         self.to_rows = spread((v - coarse_v[0]) / COARSE_MM, len(coarse_v))
-        self.to_cols = spread((u - coarse_u[0]) / COARSE_MM, len(coarse_u)).T
+        self.to_cols = spread((u - coarse_u[0]) / COARSE_MM, len(coarse_u))
         warp = rng.uniform(0, 2 * np.pi, 4)
         vv, uu = np.meshgrid(coarse_v, coarse_u, indexing="ij")
         wu = uu + 5 * np.sin(vv / 13 + warp[0]) + 3 * np.sin(uu / 7 + warp[1])
         wv = vv + 5 * np.sin(uu / 11 + warp[2]) + 3 * np.sin(vv / 6 + warp[3])
         self.points = np.stack([wv.ravel(), wu.ravel()], -1).astype(np.float32)
+        self.reach = (self.points**2).sum(1) / np.float32(_SOFT_MM2)
         self.coarse_shape = vv.shape
 
     def slice(self, x_mm: float) -> list[Field]:
@@ -111,15 +118,17 @@ class Surround:
         return images
 
     def _loops(self, x_mm: float) -> tuple[Field, list[Field]]:
-        near = np.abs(self.seeds[:, 0] - x_mm) < 32
+        near = np.abs(self.seeds[:, 0] - x_mm) < 24
         seeds = self.seeds[near]
-        square = (self.points**2).sum(1)[:, None] + (seeds[:, 1:] ** 2).sum(1) - 2 * self.points @ seeds[:, 1:].T
-        weight = np.exp((-square - (seeds[:, 0] - np.float32(x_mm)) ** 2).clip(-4000, 0) / np.float32(85))
-        weight += np.float32(1e-30)
+        along, across = (seeds[:, 1:] * np.float32(2 / _SOFT_MM2)).T
+        weight = self.points[:, :1] * along + self.points[:, 1:] * across
+        weight -= ((seeds[:, 1:] ** 2).sum(1) + (seeds[:, 0] - np.float32(x_mm)) ** 2) / np.float32(_SOFT_MM2)
+        weight -= self.reach[:, None]
+        np.exp(np.maximum(weight, -80, out=weight), out=weight)  # -80: above the denormal numbers, which are slow
         total = weight.sum(1)
         purity = weight.max(1) / total
         content = weight @ (self.table[self.kind[near]] * self.shade[near]) / total[:, None]
-        fine = [self.to_rows @ field.reshape(self.coarse_shape) @ self.to_cols for field in (purity, *content.T)]
+        fine = [enlarge(self.to_rows, part.reshape(self.coarse_shape), self.to_cols) for part in (purity, *content.T)]
         return fine[0], fine[1:]
 
 

@@ -131,7 +131,7 @@ def _write(config: PhantomConfig, out: Path, *, progress: bool) -> dict[str, Any
         "seed": config.seed,
         "config": config.model_dump(mode="json", exclude={"out", "workers"}),
         "exams": len(jobs),
-        "patients": int(len(np.unique(exams.patient))),
+        "patients": len(np.unique(exams.patient)),
         "studies": config.cohort.studies,
         "positives": config.cohort.positives,
         "dicom_files": sum(written.files for _, written in results),
@@ -236,7 +236,9 @@ def _write_tables(
     results: list[tuple[ExamTruth, Written]],
     rng: np.random.Generator,
 ) -> None:
-    keys = pd.DataFrame({"PatientID": [i.patient_id for i in identities], "AccessionNumber": [i.accession for i in identities]})
+    keys = pd.DataFrame(
+        {"PatientID": [i.patient_id for i in identities], "AccessionNumber": [i.accession for i in identities]}
+    )
     outside = rng.permutation([name for name, count in sorted(config.cohort.excluded.items()) for _ in range(count)])
     groups = [("asymptomatic", "symptomatic")[label] for label in exams.label if label >= 0] + outside.tolist()
     asked = pd.concat([keys, draw_questionnaire(groups, rng)], axis=1)
@@ -318,7 +320,9 @@ def _annotations(results: list[tuple[ExamTruth, Written]], matrix: int) -> Eleme
             if written.flipped:
                 left, right = matrix - right, matrix - left
             corners = zip(("xtl", "ytl", "xbr", "ybr"), (left, top, right, bottom), strict=True)
-            box = {"label": level, "source": "manual", "occluded": "0"} | {key: f"{value:.2f}" for key, value in corners}
+            box = {"label": level, "source": "manual", "occluded": "0"} | {
+                key: f"{value:.2f}" for key, value in corners
+            }
             ElementTree.SubElement(image, "box", box | {"z_order": "0"})
     return root
 

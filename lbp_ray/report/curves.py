@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from lbp_ray.report.theme import COLOURS, STAMP_HEIGHT_IN, colour_of, new_figure, panels
+from lbp_ray.report.theme import (
+    COLOURS,
+    LABEL_BACKING,
+    MAX_COLUMNS,
+    STAMP_HEIGHT_IN,
+    colour_of,
+    label_panels,
+    new_figure,
+    panels,
+)
 from lbp_ray.report.words import bounds, by_slices, metric, number, prevalence, slices
 
 if TYPE_CHECKING:
@@ -29,13 +38,14 @@ def draw_roc(result: StudyResult) -> Figure:
     parts = by_slices(result)
     figure, axes = panels(len(parts), 3.25)
     for index, (part, axis) in enumerate(zip(parts, axes, strict=True)):
-        _square(axis, slices(part.num_slices), "1 − specificity", "recall")
+        _square(axis, slices(part.num_slices))
         axis.plot([0, 1], [0, 1], linestyle=(0, (1, 2)), color=COLOURS["muted"], linewidth=1.2)
-        axis.text(0.30, 0.335, "chance", rotation=45, rotation_mode="anchor", color=COLOURS["muted"], fontsize=8)
+        axis.text(0.47, 0.395, "chance", rotation=45, rotation_mode="anchor", color=COLOURS["muted"], fontsize=8)
         axis.plot(part.roc.x, part.roc.y, color=colour_of(index))
         table = part.confusion
         _operating_point(axis, table.fp / (table.fp + table.tn), table.tp / (table.tp + table.fn), index)
         _summary(axis, part, "roc_auc", "AUC")
+    label_panels(axes, "1 − specificity", "recall")
     return figure
 
 
@@ -44,16 +54,19 @@ def draw_precision_recall(result: StudyResult) -> Figure:
     parts = by_slices(result)
     figure, axes = panels(len(parts), 3.25)
     for index, (part, axis) in enumerate(zip(parts, axes, strict=True)):
-        _square(axis, slices(part.num_slices), "recall", "precision")
+        _square(axis, slices(part.num_slices))
         share = prevalence(part)
-        axis.axhline(share, linestyle=(0, (1, 2)), color=COLOURS["muted"], linewidth=1.2, gid="prevalence")
-        axis.text(0.01, share - 0.015, f"prevalence {number(share)}", va="top", color=COLOURS["muted"], fontsize=8)
+        line = f"prevalence-{part.num_slices}"
+        axis.axhline(share, linestyle=(0, (1, 2)), color=COLOURS["muted"], linewidth=1.2, gid=line)
+        told: dict[str, Any] = {"va": "top", "color": COLOURS["muted"], "fontsize": 8, "bbox": LABEL_BACKING}
+        axis.text(0.02, share - 0.03, f"prevalence {number(share)}", **told)
         recall, precision = _rising(part.precision_recall)
         axis.plot(recall, precision, color=colour_of(index), drawstyle="steps-pre")
         table = part.confusion
         if table.tp + table.fp:
             _operating_point(axis, table.tp / (table.tp + table.fn), table.tp / (table.tp + table.fp), index)
         _summary(axis, part, "average_precision", "AP")
+    label_panels(axes, "recall", "precision")
     return figure
 
 
@@ -72,7 +85,7 @@ def draw_learning(result: StudyResult) -> Figure:
         _band(loss, learning.epoch, learning.validation_loss, learning.validation_loss_sd, colour)
         _band(auc, learning.epoch, learning.validation_auc, learning.validation_auc_sd, colour)
         auc.axhline(0.5, linestyle=(0, (1, 2)), color=COLOURS["muted"], linewidth=1.2)
-        auc.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        auc.xaxis.set_major_locator(MaxNLocator(nbins=6 if len(parts) <= MAX_COLUMNS else 3, integer=True))
         loss.set_title(slices(part.num_slices))
         auc.set_xlabel("epoch")
     grid[0, 0].set_ylabel("loss")
@@ -83,13 +96,10 @@ def draw_learning(result: StudyResult) -> Figure:
     return figure
 
 
-def _square(axis: Axes, title: str, x_label: str, y_label: str) -> None:
+def _square(axis: Axes, title: str) -> None:
     axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.03), xticks=UNIT_TICKS, yticks=UNIT_TICKS)
     axis.set_box_aspect(1)
     axis.set_title(title)
-    axis.set_xlabel(x_label)
-    axis.set_ylabel(y_label)
-    axis.label_outer()
 
 
 def _operating_point(axis: Axes, x: float, y: float, index: int) -> None:

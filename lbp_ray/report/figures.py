@@ -10,10 +10,12 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lbp_ray.report.theme import (
     COLOURS,
+    LABEL_BACKING,
     NEGATIVE_COLOUR,
     POSITIVE_COLOUR,
     STAMP_HEIGHT_IN,
     colour_of,
+    label_panels,
     marker_of,
     new_figure,
     panels,
@@ -118,26 +120,25 @@ def draw_scores(result: StudyResult) -> Figure:
         for threshold in part.fold_thresholds:
             axis.axvline(threshold, color=COLOURS["ink"], linewidth=0.9, alpha=0.65)
         axis.set_title(slices(part.num_slices))
-        axis.set_xlabel("study score")
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{abs(value):.0f}"))
         axis.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axis.margins(y=0.16)
         axis.grid(visible=False, axis="x")
-        corner: dict[str, Any] = {"transform": axis.transAxes, "fontsize": 8.5}
+        corner: dict[str, Any] = {"transform": axis.transAxes, "fontsize": 8.5, "bbox": LABEL_BACKING}
         axis.text(0.015, 0.985, f"symptomatic, n = {len(part.scores_positive)}", va="top", **corner)
         axis.text(0.015, 0.015, f"asymptomatic, n = {len(part.scores_negative)}", va="bottom", **corner)
-    axes[0].set_ylabel("studies")
+    label_panels(axes, "study score", "studies")
     return figure
 
 
 def draw_confusion(result: StudyResult) -> Figure:
     """Draw counts of predictions by truth; the tint is the share within the row."""
     parts = by_slices(result)
-    figure, axes = panels(len(parts), 2.75)
+    figure, axes = panels(len(parts), 3.0)
     for index, (part, axis) in enumerate(zip(parts, axes, strict=True)):
         _matrix(axis, part.confusion, colour_of(index))
         axis.set_title(slices(part.num_slices))
-    axes[0].set_ylabel("truth")
+    label_panels(axes, "", "truth")
     return figure
 
 
@@ -180,14 +181,13 @@ def draw_permutation(result: StudyResult) -> Figure:
             textcoords="offset points", ha="right" if right else "left", va="top", linespacing=1.35, weight="bold",
         )  # fmt: skip
         axis.set_title(slices(part.num_slices))
-        axis.set_xlabel("ROC-AUC, frozen stage")
-    axes[0].set_ylabel("shuffles")
+    label_panels(axes, "ROC-AUC, frozen stage", "shuffles")
     return figure
 
 
 def _whisker(axis: Axes, interval: Interval, y: float, index: int) -> None:
     colour = colour_of(index)
-    axis.plot([interval.low, interval.high], [y, y], color=colour, linewidth=2.4, alpha=0.45)
+    axis.plot([interval.low, interval.high], [y, y], color=colour, linewidth=2.4, alpha=0.55)
     axis.plot([interval.estimate], [y], marker=marker_of(index), markersize=6, color=colour)
 
 

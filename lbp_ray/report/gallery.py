@@ -148,7 +148,7 @@ FIGURES = (
         figures.draw_metrics,
         lambda result: (
             f"Marker and bar: estimate of the seed-averaged scores with its {interval_level(result)} interval over"
-            f" patients. Small ticks under it: each of {len(result.seeds)} seeds alone. Dotted: chance, what a guess"
+            f" patients. Small ticks under it: each seed alone, of {len(result.seeds)}. Dotted: chance, what a guess"
             f" blind to the images should reach; recall and specificity have no such value. {sample_sizes(result)}."
         ),
         _estimate("balanced_accuracy"),

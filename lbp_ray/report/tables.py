@@ -131,7 +131,7 @@ def _who(result: StudyResult) -> str:
     parts = by_slices(result)
     folds, seeds = result.num_folds, len(result.seeds)
     scored = {num_scored(part) for part in parts}
-    share = percent(prevalence(parts[0])).replace("\u202f", " ") if len(scored) == 1 else ""
+    share = _plain(percent(prevalence(parts[0]))) if len(scored) == 1 else ""
     positive = f"{result.num_positive} symptomatic" + (f" ({share})" if share else "")
     return (
         f"{result.num_studies} studies of {result.num_patients} patients, {positive}; {folds} folds × {seeds}"
@@ -162,9 +162,10 @@ def _bayes_cells(parts: list[SliceCountResult], result: StudyResult, decimals: i
 
 
 def _permutation_cells(parts: list[SliceCountResult]) -> list[str]:
+    tests = [part.permutation for part in parts]
     return [
-        f"{p_value(test.p_value).removeprefix('p = ')} ({test.num_permutations} shuffles)" if test else "not run"
-        for test in (part.permutation for part in parts)
+        "not run" if test is None else f"{_plain(p_value(test.p_value))} ({test.num_permutations} shuffles)"
+        for test in tests
     ]
 
 
@@ -190,6 +191,9 @@ def _csv_values(part: SliceCountResult, summary: MetricSummary) -> list[object]:
 
 
 def _wrapped(text: str, bullet: str = "") -> list[str]:
-    """Wrap to the console's width; what could steer a terminal becomes a space."""
-    plain = "".join(character if character.isprintable() else " " for character in text.replace("\u202f", " "))
-    return textwrap.wrap(plain, CONSOLE_WIDTH, initial_indent=bullet, subsequent_indent=" " * len(bullet))
+    return textwrap.wrap(_plain(text), CONSOLE_WIDTH, initial_indent=bullet, subsequent_indent=" " * len(bullet))
+
+
+def _plain(text: str) -> str:
+    """Turn typographic spaces, and whatever could steer a terminal, into plain spaces."""
+    return "".join(character if character.isprintable() else " " for character in text)

@@ -58,6 +58,9 @@ FIGURE_WIDTH_IN = 9.6
 MAX_COLUMNS = 3
 """Panels in a row."""
 
+LABEL_BACKING: dict[str, Any] = {"facecolor": COLOURS["paper"], "edgecolor": "none", "pad": 0.8, "alpha": 0.85}
+"""Box behind a label that a line may cross."""
+
 STAMP_HEIGHT_IN = 0.2
 """Strip left free at the foot of a figure for the result's hash, inches."""
 
@@ -123,7 +126,7 @@ def new_figure(height_in: float) -> Figure:
 
 
 def panels(num: int, row_height_in: float) -> tuple[Figure, list[Axes]]:
-    """Make small multiples, at most `MAX_COLUMNS` in a row, that share both axes.
+    """Make small multiples, at most `MAX_COLUMNS` in a row, that share both axes; see `label_panels`.
 
     Parameters
     ----------
@@ -139,9 +142,17 @@ def panels(num: int, row_height_in: float) -> tuple[Figure, list[Axes]]:
     axes = list(grid.flat)
     for spare in axes[num:]:
         spare.remove()
-    for index, axis in enumerate(axes[:num]):
-        axis.tick_params(labelbottom=index + columns >= num)
     return figure, axes[:num]
+
+
+def label_panels(axes: list[Axes], x_label: str, y_label: str) -> None:
+    """Name the axes of small multiples: x where no panel stands below, y in the first column."""
+    columns = min(len(axes), MAX_COLUMNS)
+    for index, axis in enumerate(axes):
+        lowest = index + columns >= len(axes)
+        axis.tick_params(labelbottom=lowest)
+        axis.set_xlabel(x_label if lowest else "")
+        axis.set_ylabel("" if index % columns else y_label)
 
 
 def svg_bytes(figure: Figure, title: str, result: StudyResult) -> bytes:

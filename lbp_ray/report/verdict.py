@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lbp_ray.report.words import bounds, by_slices, interval_level, listed, metric, number, p_value, slices
 
 if TYPE_CHECKING:
-    from lbp_ray.result import Interval, SliceCountResult, StudyResult
+    from lbp_ray.result import Interval, StudyResult
 
 CHANCE_AUC = 0.5
 """ROC-AUC of scores that know nothing of the label."""
@@ -21,6 +21,9 @@ PERMUTATION_LEVEL = 0.05
 
 NULL_MEAN_TOLERANCE = 0.02
 """A permutation mean farther than this from 0.5 is pointed out: it hints at leakage or at a faulty shuffle."""
+
+MAX_PAIRS_NAMED = 3
+"""Pairs of slice counts that a sentence names one by one; beyond, it counts them."""
 
 INTERVAL_MEANING = "Intervals are over patients and conditional on the trained models."
 """Stands wherever intervals are shown."""
@@ -78,35 +81,43 @@ def comparison(result: StudyResult, name: str) -> str:
 
 
 def _chance_sentences(result: StudyResult) -> list[str]:
-    groups: dict[str, list[SliceCountResult]] = {"above": [], "includes": [], "below": []}
+    groups: dict[str, list[int]] = {"above": [], "includes": [], "below": []}
     for part in by_slices(result):
-        groups[against_chance(metric(part, "roc_auc").interval)].append(part)
-    level = interval_level(result)
-    sentences = []
-    if groups["above"]:
-        excluded = "the interval excludes" if len(groups["above"]) == 1 else "each interval excludes"
-        sentences.append(
-            "Judged on patients left out of the training, the scores separate symptomatic from asymptomatic studies"
-            f" better than chance with {_figures(groups['above'], level)}; {excluded} 0.5."
+        groups[against_chance(metric(part, "roc_auc").interval)].append(part.num_slices)
+    claims = {
+        "above": "better than chance with {}",
+        "includes": "not shown to be better than chance with {}",
+        "below": "below chance with {}, which hints at swapped labels or a fault",
+    }
+    headline = "; ".join(claims[side].format(_slice_list(counts)) for side, counts in groups.items() if counts)
+    one = {"above": "excludes 0.5", "includes": "includes 0.5", "below": "lies below 0.5"}
+    many = {"above": "exclude 0.5", "includes": "include 0.5", "below": "lie below 0.5"}
+    held = [side for side, counts in groups.items() if counts]
+    if len(held) == 1:
+        position = f"{'the' if len(groups[held[0]]) == 1 else 'each'} interval {one[held[0]]}"
+    else:
+        position = listed(
+            [
+                f"that of {_slice_list(groups[side])} {one[side]}"
+                if len(groups[side]) == 1
+                else f"those of {_slice_list(groups[side])} {many[side]}"
+                for side in held
+            ]
         )
-    if groups["includes"]:
-        included = "the interval includes" if len(groups["includes"]) == 1 else "each interval includes"
-        sentences.append(f"Better than chance is not shown with {_figures(groups['includes'], level)}; {included} 0.5.")
-    if groups["below"]:
-        sentences.append(
-            f"Below chance with {_figures(groups['below'], level)}: look for swapped labels or a fault before reading"
-            " on."
-        )
-    return sentences
+    return [f"{headline[0].upper()}{headline[1:]}.", f"{_auc_figures(result)}; {position}."]
 
 
-def _figures(parts: list[SliceCountResult], level: str) -> str:
-    texts = []
-    for index, part in enumerate(parts):
+def _auc_figures(result: StudyResult) -> str:
+    told: list[str] = []
+    for part in by_slices(result):
         interval = metric(part, "roc_auc").interval
-        kind, of = ("ROC-AUC ", f"{level} interval ") if index == 0 else ("", "")
-        texts.append(f"{slices(part.num_slices)} ({kind}{number(interval.estimate)}, {of}{bounds(interval)})")
-    return listed(texts)
+        of = "" if told else f"{interval_level(result)} interval "
+        told.append(f"{number(interval.estimate)} with {slices(part.num_slices)} ({of}{bounds(interval)})")
+    return f"Judged on patients left out of the training, ROC-AUC is {listed(told)}"
+
+
+def _slice_list(counts: list[int]) -> str:
+    return listed([*[str(count) for count in counts[:-1]], slices(counts[-1])])
 
 
 def _ceiling_sentences(result: StudyResult) -> list[str]:
@@ -155,11 +166,15 @@ def _comparison_sentences(result: StudyResult) -> list[str]:
     counts = [part.num_slices for part in by_slices(result)]
     apart = disjoint_pairs(result, "roc_auc")
     if not apart:
-        named = f"{listed([str(count) for count in counts])} slices"
         return [
-            f"By ROC-AUC, {named} are not distinguishable here: the intervals overlap, which does not make them equal."
+            f"By ROC-AUC, {_slice_list(counts)} are not distinguishable here:"
+            " the intervals overlap, which does not make them equal."
         ]
     overlapping = [pair for pair in combinations(counts, 2) if pair not in apart]
+    if len(apart) + len(overlapping) > MAX_PAIRS_NAMED:
+        apart_of = f"By ROC-AUC, the intervals of {len(apart)} of {len(apart) + len(overlapping)} pairs of slice counts"
+        rest = "; the others overlap: not distinguishable here" if overlapping else ""
+        return [f"{apart_of} lie apart{rest}.", "One metric alone ranks nothing."]
     sentence = f"By ROC-AUC, the intervals of {_pairs(apart)} lie apart"
     if overlapping:
         sentence += f"; those of {_pairs(overlapping)} overlap: not distinguishable here"

@@ -69,8 +69,8 @@ def percent(share: float) -> str:
 
 
 def p_value(value: float) -> str:
-    """Write a p-value with its relation: ``p = 0.005``, ``p < 0.001``."""
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"
+    """Write a p-value with its relation, unbroken: ``p = 0.005``, ``p < 0.001``."""
+    return "p\u00a0<\u00a00.001" if value < 0.001 else f"p\u00a0=\u00a0{value:.3f}"
 
 
 def bounds(interval: Interval, decimals: int = 2) -> str:

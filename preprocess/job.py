@@ -1,0 +1,119 @@
+"""Ray: where the tasks of a conversion run. The only module here that imports ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections import deque
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+from ray.exceptions import RayTaskError, WorkerCrashedError
+from tqdm import tqdm
+
+from preprocess.pipeline import PreprocessError, TaskFailure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+IN_FLIGHT_PER_CPU = 4
+"""Tasks submitted ahead per CPU of the cluster: enough to keep workers busy, few enough to bound memory."""
+
+MAX_RETRIES = 1
+"""Further attempts of a task whose process died (a decoder crash, a lost node)."""
+
+SOCKET_PATH_LIMIT = 60
+"""Longest temporary folder under which Ray's socket paths stay below the 107 bytes that Linux allows."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def connect(num_cpus: int | None = None, *, verbose: bool = True) -> Iterator[None]:
+    """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine for the duration.
+
+    Parameters
+    ----------
+    num_cpus
+        CPUs of the started cluster; None takes all. Ignored when joining one.
+    verbose
+        Whether Ray's own start-up messages are shown.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING if verbose else logging.ERROR}
+    if "RAY_ADDRESS" not in os.environ:
+        # Fewer idle processes: nothing here needs the dashboard of a cluster that lives for one command.
+        options |= {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": _short_temporary_folder()}
+    ray.init(**options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _short_temporary_folder() -> str | None:
+    folder = os.path.join(tempfile.gettempdir(), "ray")  # noqa: PTH118  (ray wants a string)
+    return folder if len(folder) <= SOCKET_PATH_LIMIT else "/tmp/ray"  # noqa: S108
+
+
+def in_ray_job() -> bool:
+    """Whether this process was started by ``ray job submit``."""
+    return "RAY_JOB_ID" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def require_absolute(paths: Sequence[Path]) -> None:
+    """Refuse relative paths inside a Ray job: they would land in its throwaway copy of the working directory.
+
+    Raises
+    ------
+    PreprocessError
+        Naming the path.
+    """
+    relative = [str(path) for path in paths if not path.is_absolute()]
+    if in_ray_job() and relative:
+        msg = f"inside a Ray job paths must be absolute and on storage that every node sees, found {', '.join(relative)}"
+        raise PreprocessError(msg)
+
+
+def map_on_ray(
+    function: Callable[[Item], Result], items: Sequence[Item], *, names: Sequence[str], title: str
+) -> Iterator[tuple[int, Result | TaskFailure]]:
+    """Run one named Ray task per item, a bounded number at a time, with a progress bar.
+
+    A task whose process dies on every attempt yields a `TaskFailure`; an error that the function raises is raised
+    here.
+    """
+    task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_call)
+    shared = ray.put(function)
+    limit = IN_FLIGHT_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    waiting = deque(range(len(items)))
+    running: dict[Any, int] = {}
+    with tqdm(total=len(items), desc=title, unit="task", smoothing=0.1, disable=None) as bar:
+        while waiting or running:
+            while waiting and len(running) < limit:
+                index = waiting.popleft()
+                running[task.options(name=names[index]).remote(shared, items[index])] = index
+            done, _ = ray.wait(list(running), num_returns=1)
+            for reference in done:
+                yield running.pop(reference), _result(reference)
+                bar.update()
+
+
+def _call(function: Callable[[Item], Result], item: Item) -> Result:
+    return function(item)
+
+
+def _result(reference: Any) -> Any:  # noqa: ANN401  (whatever the function returns)
+    try:
+        return ray.get(reference)
+    except WorkerCrashedError:
+        return TaskFailure()
+    except RayTaskError as error:
+        raise error.as_instanceof_cause() from None

@@ -1,0 +1,342 @@
+"""Volume → mid-sagittal slice, by FFT correlation with hand-picked template slices.
+
+Every slice and template is averaged onto one coarse grid in mm (so matrices and pixel sizes may differ), stripped of
+its mean, tapered, and correlated circularly through the FFT; the peak within the allowed shift is the similarity, so
+the anatomy may lie elsewhere in the image. Slices are judged by their mean similarity over the templates.
+
+The choice is an artefact of its own beside the store, named by the hash of what it was made from: store, templates and
+this method. Shapes: S slices, T templates, G grid points, K frequencies (G // 2 + 1).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy import fft
+
+from preprocess.commit import canonical_json, committed_directory, content_id
+from preprocess.store import SliceStore, use_one_thread
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from preprocess.pipeline import Mapper
+
+METHOD_VERSION = 1
+"""Raised by hand when a choice may come out differently."""
+
+GRID_MM = 2.2
+"""Grid spacing: coarse enough to be blind to noise and matrix, fine enough for a disc."""
+
+GRID = 128
+"""Grid points per side: 281.6 mm, centred on the image; what lies outside is cut off, what is missing is zero."""
+
+MAX_SHIFT_MM = 44.0
+"""Largest displacement between template and slice, in each direction, at which a correlation peak is believed."""
+
+SERIES_PER_TASK = 16
+"""Series judged by one task."""
+
+
+class MidsagittalError(ValueError):
+    """Templates or an artefact that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Templates:
+    """Hand-picked mid-sagittal slices on the common grid.
+
+    Attributes
+    ----------
+    ids
+        ``<series_id>/<slice_index>`` of each.
+    patient_ids
+        Pseudonym of the patient each shows; a patient is never judged by their own slices.
+    images_TGG
+        float32 (T, G, G), averaged onto the grid, not yet normalised.
+    """
+
+    ids: tuple[str, ...]
+    patient_ids: tuple[str, ...]
+    images_TGG: np.ndarray
+
+    @cached_property
+    def spectra_TGK(self) -> np.ndarray:
+        """Conjugate spectra (T, G, K) of the normalised templates, complex64."""
+        return np.conj(_spectra(self.images_TGG))
+
+    def without_patient(self, patient_id: str) -> Templates:
+        """Drop the templates that show a patient."""
+        keep = [index for index, owner in enumerate(self.patient_ids) if owner != patient_id]
+        if len(keep) == len(self.ids):
+            return self
+        ids, owners = (tuple(names[index] for index in keep) for names in (self.ids, self.patient_ids))
+        return Templates(ids, owners, self.images_TGG[keep])
+
+    def save(self, path: Path) -> None:
+        """Write as an uncompressed npz."""
+        np.savez(path, ids=np.array(self.ids), patient_ids=np.array(self.patient_ids), images=self.images_TGG)
+
+
+def load_templates(path: Path) -> Templates:
+    """Read the ``templates.npz`` of a mid-sagittal artefact.
+
+    Raises
+    ------
+    MidsagittalError
+        If the file is missing or was made for another grid.
+    """
+    if not path.is_file():
+        msg = f"templates not found: {path}; `python -m preprocess` with --templates writes them"
+        raise MidsagittalError(msg)
+    with np.load(path) as content:
+        ids, owners, images = content["ids"], content["patient_ids"], content["images"]
+    if images.shape[1:] != (GRID, GRID):
+        msg = f"{path} holds templates of shape {images.shape[1:]}, this method needs {(GRID, GRID)}: choose again"
+        raise MidsagittalError(msg)
+    return Templates(tuple(ids.tolist()), tuple(owners.tolist()), images)
+
+
+def make_templates(slices: Sequence[tuple[str, str, np.ndarray, tuple[float, float]]]) -> Templates:
+    """Bring hand-picked slices onto the grid.
+
+    Parameters
+    ----------
+    slices
+        Template id, patient pseudonym, canonical slice (H, W), and (row, column) spacing in mm, for each.
+    """
+    images = [_on_grid(image_HW[None], spacing_mm)[0] for _, _, image_HW, spacing_mm in slices]
+    return Templates(tuple(item[0] for item in slices), tuple(item[1] for item in slices), np.stack(images))
+
+
+@dataclass(frozen=True)
+class MidsagittalChoice:
+    """The mid-sagittal slice of one volume."""
+
+    slice_index: int
+    score: float
+    """Mean correlation of the slice with the templates, -1 to 1."""
+    confidence: float
+    """Share of templates that, asked alone, name this slice or a neighbour."""
+    margin: float
+    """`score` minus the best score two or more slices away."""
+    template_id: str
+    """The template that the slice resembles most."""
+    scores: tuple[float, ...]
+    """Score of every slice."""
+
+
+def find_midsagittal(volume_SHW: np.ndarray, spacing_mm: tuple[float, float], templates: Templates) -> MidsagittalChoice:
+    """Find the slice that resembles the templates most.
+
+    Parameters
+    ----------
+    volume_SHW
+        Canonical sagittal stack.
+    spacing_mm
+        Row spacing, then column spacing.
+    templates
+        At least one, none of this patient.
+
+    Raises
+    ------
+    MidsagittalError
+        If no template is left.
+    """
+    if not templates.ids:
+        msg = "no template of another patient: give templates of at least two patients"
+        raise MidsagittalError(msg)
+    similarity_ST = slice_similarity(volume_SHW, spacing_mm, templates)
+    scores = similarity_ST.mean(axis=1)
+    best = int(scores.argmax())
+    votes = np.abs(similarity_ST.argmax(axis=0) - best) <= 1
+    distant = scores[np.abs(np.arange(len(scores)) - best) > 1]
+    return MidsagittalChoice(
+        slice_index=best,
+        score=float(scores[best]),
+        confidence=float(votes.mean()),
+        margin=float(scores[best] - distant.max()) if len(distant) else float(scores[best]),
+        template_id=templates.ids[int(similarity_ST[best].argmax())],
+        scores=tuple(float(value) for value in scores),
+    )
+
+
+def slice_similarity(volume_SHW: np.ndarray, spacing_mm: tuple[float, float], templates: Templates) -> np.ndarray:
+    """Peak normalised correlation (S, T) of every slice with every template, within the allowed shift."""
+    spectra_SGK = _spectra(_on_grid(volume_SHW, spacing_mm))
+    similarity_ST = np.empty((len(spectra_SGK), len(templates.ids)), np.float32)
+    reach = round(MAX_SHIFT_MM / GRID_MM)
+    near = np.r_[0 : reach + 1, GRID - reach : GRID]
+    for index, spectrum_GK in enumerate(spectra_SGK):
+        # Shifts beyond the reach are dropped between the two one-dimensional transforms: most rows are never made.
+        rows_TNK = fft.ifft(spectrum_GK * templates.spectra_TGK, axis=1)[:, near]
+        similarity_ST[index] = fft.irfft(rows_TNK, n=GRID, axis=2)[:, :, near].max(axis=(1, 2))
+    return similarity_ST
+
+
+def _spectra(images_NGG: np.ndarray) -> np.ndarray:
+    """Spectra (N, G, K), complex64, of images of zero mean and unit norm under the taper."""
+    taper_GG = _taper()
+    tapered = (images_NGG - np.average(images_NGG, axis=(1, 2), weights=np.broadcast_to(taper_GG, images_NGG.shape))[:, None, None]) * taper_GG
+    norms = np.linalg.norm(tapered, axis=(1, 2), keepdims=True)
+    return np.asarray(fft.rfft2(tapered / np.maximum(norms, np.float32(1e-6))))
+
+
+@lru_cache(maxsize=1)
+def _taper() -> np.ndarray:
+    """Raised-cosine window (G, G): what lies at the border of the field of view should not decide."""
+    window = np.sin(np.pi * (np.arange(GRID) + 0.5) / GRID).astype(np.float32)
+    return np.outer(window, window)
+
+
+def _on_grid(images_SHW: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
+    """Average images onto the grid (S, G, G), float32, scaled by their own mean."""
+    rows_GH = _averager(images_SHW.shape[1], round(float(spacing_mm[0]), 6))
+    columns_GW = _averager(images_SHW.shape[2], round(float(spacing_mm[1]), 6))
+    grid_SGG = rows_GH @ images_SHW.astype(np.float32) @ columns_GW.T
+    return np.asarray(grid_SGG)
+
+
+@lru_cache(maxsize=64)
+def _averager(count: int, spacing_mm: float) -> np.ndarray:
+    """Matrix (G, count) that averages `count` samples onto the grid by the share of each grid cell they cover."""
+    edges = (np.arange(count + 1) - count / 2) * spacing_mm
+    cells = (np.arange(GRID + 1) - GRID / 2) * GRID_MM
+    low, high = np.maximum(cells[:-1, None], edges[None, :-1]), np.minimum(cells[1:, None], edges[None, 1:])
+    return np.asarray(np.clip(high - low, 0, None) / GRID_MM, dtype=np.float32)
+
+
+# --- the artefact ----------------------------------------------------------------------------------------------------
+
+_SCHEMA = pa.schema(
+    [
+        ("study_id", pa.string()),
+        ("series_id", pa.string()),
+        ("slice_index", pa.int64()),
+        ("score", pa.float64()),
+        ("confidence", pa.float64()),
+        ("margin", pa.float64()),
+        ("template_id", pa.string()),
+    ]
+)
+
+
+def read_template_list(path: Path) -> list[str]:
+    """Read the SOPInstanceUID column of a template CSV.
+
+    Raises
+    ------
+    MidsagittalError
+        If the file or the column is missing, or empty.
+    """
+    if not path.is_file():
+        msg = f"template list not found: {path}"
+        raise MidsagittalError(msg)
+    rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+    uids = [(row.get("SOPInstanceUID") or "").strip() for row in rows]
+    if not uids or not all(uids):
+        msg = f"{path} must have a SOPInstanceUID column with a value in every row, and at least one row"
+        raise MidsagittalError(msg)
+    return uids
+
+
+def choose_for_store(store_path: Path, parent: Path, slices: Sequence[tuple[str, int]], mapper: Mapper) -> Path:
+    """Choose the mid-sagittal slice of every series of a store and commit the choice as an artefact.
+
+    Parameters
+    ----------
+    store_path
+        A complete store.
+    parent
+        Folder of the artefacts of this store.
+    slices
+        (series_id, slice_index) of the templates.
+    mapper
+        Where tasks run.
+
+    Returns
+    -------
+    pathlib.Path
+        Folder with ``midsagittal.parquet``, ``templates.npz`` and ``meta.json``; the one that exists, if it does.
+    """
+    store = SliceStore.open(store_path)
+    template_ids = sorted(f"{series_id}/{index}" for series_id, index in set(slices))
+    inputs = {"store": store.content_hash, "templates": template_ids, "method": METHOD_VERSION}
+    final = parent / content_id(inputs)[:16]
+    if final.is_dir():
+        return final
+    templates = _templates_from(store, template_ids)
+    series_ids = store.manifest["series_id"].tolist()
+    batches = [series_ids[start : start + SERIES_PER_TASK] for start in range(0, len(series_ids), SERIES_PER_TASK)]
+    names = [f"midsagittal-{number:06d}" for number in range(len(batches))]
+    rows: list[dict[str, Any]] = []
+    for number, result in mapper(partial(_choose_batch, store, templates), batches, names=names, title="mid-sagittal"):
+        if not isinstance(result, list):
+            msg = f"choosing mid-sagittal slices failed twice for series {batches[number][0]} and {len(batches[number]) - 1} more"
+            raise MidsagittalError(msg)
+        rows += result
+    rows.sort(key=lambda row: str(row["series_id"]))
+    with committed_directory(final, point="midsagittal") as folder:
+        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), folder / "midsagittal.parquet")
+        templates.save(folder / "templates.npz")
+        (folder / "meta.json").write_text(canonical_json(inputs))
+    return final
+
+
+def _templates_from(store: SliceStore, template_ids: Sequence[str]) -> Templates:
+    slices = []
+    for template_id in template_ids:
+        series_id, _, index = template_id.partition("/")
+        record = store.record(series_id)
+        spacing_mm = (record.spacing_row_mm, record.spacing_column_mm)
+        slices.append((template_id, record.patient_id, store.read(series_id)[int(index)], spacing_mm))
+    return make_templates(slices)
+
+
+def _choose_batch(store: SliceStore, templates: Templates, series_ids: list[str]) -> list[dict[str, Any]]:
+    use_one_thread()
+    rows = []
+    for series_id in series_ids:
+        record = store.record(series_id)
+        spacing_mm = (record.spacing_row_mm, record.spacing_column_mm)
+        others = templates.without_patient(record.patient_id)
+        choice = find_midsagittal(store.read(series_id), spacing_mm, others)
+        values = {name: getattr(choice, name) for name in _SCHEMA.names if name not in {"study_id", "series_id"}}
+        rows.append({"study_id": record.study_id, "series_id": series_id, **values})
+    return rows
+
+
+def load_midsagittal(path: Path) -> pd.DataFrame:
+    """Read the choices of an artefact.
+
+    Parameters
+    ----------
+    path
+        The artefact's folder.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``study_id, series_id, slice_index, score, confidence, margin, template_id``, sorted by series.
+
+    Raises
+    ------
+    MidsagittalError
+        If the folder holds none.
+    """
+    table = path / "midsagittal.parquet"
+    if not table.is_file():
+        msg = f"no mid-sagittal artefact in {path}; run `python -m preprocess` with --templates"
+        raise MidsagittalError(msg)
+    frame: pd.DataFrame = pq.read_table(table).to_pandas()
+    return frame

@@ -1,0 +1,402 @@
+"""Pure rules: header rows → stacks → one sagittal T2 stack per exam, and a code for every file that is not in it.
+
+Rules look at evidence in a fixed order (hard negatives, orientation, physics of the pulse sequence, description as a
+last resort) and the first that rejects names the code. What a SOP class, a series number or a file name claims is
+never asked. Nothing here reads a file, knows a key, or depends on the order of its input.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from preprocess.commit import canonical_json
+from preprocess.deidentify import normalise
+from preprocess.geometry import GeometryError, slice_normal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from preprocess.index import FileRow
+
+PARALLEL_DEG = 0.5
+"""Slices whose row and column directions differ by less belong to one orientation."""
+
+MIN_SLICES = 5
+"""Fewer parallel slices are a localizer or a fragment."""
+
+TYPICAL_SLICES = (9, 25)
+"""Slice counts of a diagnostic lumbar sagittal stack, both included; such stacks rank first."""
+
+SAGITTAL_COSINE = 0.8
+"""Smallest |x| of the unit normal of a sagittal stack (37 degrees off); also the largest component."""
+
+SAGITTAL_SURE_COSINE = 0.9
+"""Below this the stack is flagged ``oblique`` (scoliosis, angled planning)."""
+
+T2_MIN_ECHO_MS, T2_MIN_REPETITION_MS = 70.0, 1800.0
+"""Spin echo with at least both is T2 weighted."""
+
+T1_MAX_ECHO_MS, T1_MAX_REPETITION_MS = 30.0, 1200.0
+"""Spin echo with at most both is T1 weighted."""
+
+PD_MAX_ECHO_MS = 50.0
+"""Spin echo up to this echo time, with a long repetition time, is proton-density weighted."""
+
+STIR_INVERSION_MS = (80.0, 300.0)
+"""Inversion times that null fat, at any field strength in use."""
+
+MAX_ECHOES = 2
+"""More echo times within one series make a relaxation map."""
+
+TYPICAL_FOV_MM = 280.0
+"""Field of view of the reference protocol; a tie goes to the stack that is nearer."""
+
+DERIVED_TYPES = frozenset({"DERIVED", "MPR", "PROJECTION IMAGE", "MIP", "ADC", "FA", "SUBTRACT", "SUB", "T2 MAP", "T1 MAP"})
+"""Image types of computed images."""
+
+NOT_MAGNITUDE_TYPES = frozenset({"P", "PHASE", "PHASE MAP", "R", "REAL", "I", "IMAGINARY"})
+"""Image types of the other parts of a complex image."""
+
+_LOCALIZER = re.compile(r"\b(loc|localizer|locali[sz]er|scout|survey|3[ -]?plane|calib\w*|asset)\b")
+_OTHER_BODY = re.compile(r"head|brain|skull|neck|c.?spine|cervical|knee|shoulder|hip|prostate|breast|cardiac|heart|liver")
+_FAT_SUPPRESSED = re.compile(r"\b(fs|fat ?sat\w*|spair|spir|dixon|stir|tirm)\b")
+_STIR = re.compile(r"\b(stir|tirm)\b")
+_SAYS_T2 = re.compile(r"\bt2")
+_SAYS_OTHER = re.compile(r"\b(t1|pd|dp|ir|flair)|star|\*")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Parallel slices of one series that agree in everything a stack may not mix."""
+
+    study_uid: str
+    series_uid: str
+    key: str
+    """Canonical JSON of what distinguishes the stack within its series."""
+    rows: tuple[FileRow, ...]
+    """One per object, sorted by object id."""
+    duplicates: tuple[FileRow, ...] = ()
+    """Further files that claim one of the objects; the pixels decide whether they are equal."""
+    num_echoes: int = 1
+    """Echo times among the otherwise equal stacks of the series."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the rules say about one stack."""
+
+    stack: Stack
+    code: str
+    """Empty for a candidate, else why not."""
+    evidence: tuple[str, ...] = ()
+    """What fired, in order; codes and numbers only."""
+    confidence: str = "high"
+    """``high``, ``flagged`` (see evidence) or ``low`` (contrast by description only)."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """One study: its judged stacks, of which at most one is selected."""
+
+    study_uid: str
+    patient: tuple[str, str]
+    """Issuer and patient id, as in the headers."""
+    accession: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def selected(self) -> Verdict | None:
+        """The stack to convert, if any."""
+        return next((verdict for verdict in self.verdicts if not verdict.code), None)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The decision on a whole tree."""
+
+    exams: tuple[Exam, ...]
+    settled: dict[str, str]
+    """Path → code of every file outside all stacks."""
+
+
+def select(rows: Iterable[FileRow]) -> Selection:
+    """Decide on every file of a tree (or of any part of it that holds whole studies).
+
+    Parameters
+    ----------
+    rows
+        Header rows, in any order.
+
+    Returns
+    -------
+    Selection
+        Every path is either settled or in exactly one stack.
+    """
+    settled: dict[str, str] = {}
+    studies: dict[str, list[FileRow]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (row.study_uid, row.series_uid, row.sop_uid, row.path)):
+        fault = row.fault or _geometry_fault(row)
+        if fault:
+            settled[row.path] = fault
+        else:
+            studies[row.study_uid].append(row)
+    exams = []
+    for study_uid, members in studies.items():
+        patients = {(normalise(row.issuer), normalise(row.patient_id)) for row in members}
+        if len(patients) > 1:
+            settled |= {row.path: "patient_mismatch" for row in members}
+            continue
+        stacks = make_stacks(members, settled)
+        first = min(members, key=lambda row: (row.issuer, row.patient_id))
+        accession = max((row.accession for row in members), default="")
+        exams.append(Exam(study_uid, (first.issuer, first.patient_id), accession, choose(stacks)))
+    return Selection(tuple(exams), settled)
+
+
+def _geometry_fault(row: FileRow) -> str:
+    if not (row.rows and row.columns and row.position_mm and row.spacing_mm and min(row.spacing_mm) > 0):
+        return _ungeometric(row)
+    try:
+        slice_normal(row.orientation)
+    except GeometryError:
+        return _ungeometric(row)
+    return ""
+
+
+def _ungeometric(row: FileRow) -> str:
+    """An image without geometry is an error unless its type says that it could not have one."""
+    if DERIVED_TYPES & set(row.image_type):
+        return "derived"
+    return "secondary_capture" if row.modality in {"OT", "SC"} else "no_geometry"
+
+
+def make_stacks(rows: Sequence[FileRow], settled: dict[str, str]) -> list[Stack]:
+    """Split the rows of one study into stacks.
+
+    Parameters
+    ----------
+    rows
+        Rows with valid geometry.
+    settled
+        Gets the paths of objects claimed by files that contradict each other.
+
+    Returns
+    -------
+    list of Stack
+        Sorted by series and key.
+    """
+    objects: dict[str, list[FileRow]] = defaultdict(list)
+    for row in rows:
+        objects[row.sop_uid or f"path:{row.path}"].append(row)
+    unique: dict[str, list[FileRow]] = defaultdict(list)
+    copies: dict[str, list[FileRow]] = {}
+    for name, members in objects.items():
+        if len({_identity(row) for row in members}) > 1:
+            settled |= {row.path: "conflicting_duplicate" for row in members}
+            continue
+        unique[members[0].series_uid].append(members[0])
+        copies[name] = members[1:]
+    stacks = [stack for members in unique.values() for stack in _split_series(members, copies)]
+    return sorted(stacks, key=lambda stack: (stack.series_uid, stack.key))
+
+
+def _identity(row: FileRow) -> tuple[object, ...]:
+    return (row.series_uid, row.position_mm, row.orientation, _facets(row))
+
+
+def _facets(row: FileRow) -> tuple[object, ...]:
+    """What slices of one stack must share, besides orientation and echo time."""
+    spacing = tuple(round(value, 4) for value in row.spacing_mm)
+    return (row.rows, row.columns, spacing, row.image_type, row.temporal_position, row.b_value)
+
+
+def _echo(row: FileRow) -> tuple[float | None, float | None]:
+    return (None if row.echo_time_ms is None else round(row.echo_time_ms, 1), row.echo_number)
+
+
+def _split_series(rows: list[FileRow], copies: dict[str, list[FileRow]]) -> list[Stack]:
+    orientation_of = _orientation_clusters({row.orientation for row in rows})
+    groups: dict[tuple[object, ...], list[FileRow]] = defaultdict(list)
+    for row in rows:
+        groups[orientation_of[row.orientation], _facets(row), _echo(row)].append(row)
+    echoes: dict[tuple[object, ...], set[object]] = defaultdict(set)
+    for orientation, facets, echo in groups:
+        echoes[orientation, facets].add(echo)
+    stacks = []
+    for (orientation, facets, echo), members in groups.items():
+        for acquisition, part in _split_repeats(members).items():
+            key = canonical_json([orientation, facets, echo, acquisition])
+            twins = [twin for row in part for twin in copies.get(row.sop_uid or f"path:{row.path}", [])]
+            stacks.append(
+                Stack(
+                    part[0].study_uid,
+                    part[0].series_uid,
+                    key,
+                    tuple(part),
+                    duplicates=tuple(twins),
+                    num_echoes=len(echoes[orientation, facets]),
+                )
+            )
+    return stacks
+
+
+def _split_repeats(rows: list[FileRow]) -> dict[float | None, list[FileRow]]:
+    """Split by acquisition number, but only where positions repeat: some scanners number every slice."""
+    if len({row.position_mm for row in rows}) == len(rows):
+        return {None: rows}
+    parts: dict[float | None, list[FileRow]] = defaultdict(list)
+    for row in rows:
+        parts[row.acquisition_number].append(row)
+    return dict(parts)
+
+
+def _orientation_clusters(orientations: set[tuple[float, ...]]) -> dict[tuple[float, ...], int]:
+    """Number the distinct directions, in the order of their cosines (not of the files)."""
+    centres: list[tuple[float, ...]] = []
+    cluster_of = {}
+    smallest_cosine = np.cos(np.radians(PARALLEL_DEG))
+    for orientation in sorted(orientations):
+        for number, centre in enumerate(centres):
+            cosines = np.sum(np.reshape(centre, (2, 3)) * np.reshape(orientation, (2, 3)), axis=1)
+            # Cosines as written may be a little short of unit length.
+            if np.all(cosines / _lengths(centre) / _lengths(orientation) >= smallest_cosine):
+                cluster_of[orientation] = number
+                break
+        else:
+            cluster_of[orientation] = len(centres)
+            centres.append(orientation)
+    return cluster_of
+
+
+def _lengths(orientation: tuple[float, ...]) -> np.ndarray:
+    return np.asarray(np.linalg.norm(np.reshape(orientation, (2, 3)), axis=1))
+
+
+def choose(stacks: Sequence[Stack]) -> tuple[Verdict, ...]:
+    """Judge the stacks of one exam and leave at most one candidate.
+
+    Returns
+    -------
+    tuple of Verdict
+        In the order of `stacks`; candidates that rank lower have code ``not_best``.
+    """
+    verdicts = [judge(stack) for stack in stacks]
+    candidates = [verdict for verdict in verdicts if not verdict.code]
+    if len(candidates) < 2:  # noqa: PLR2004
+        return tuple(verdicts)
+    best = max(candidates, key=_rank)
+    return tuple(
+        verdict if verdict.code or verdict is best else Verdict(verdict.stack, "not_best", verdict.evidence)
+        for verdict in verdicts
+    )
+
+
+def _rank(verdict: Verdict) -> tuple[object, ...]:
+    """Order of preference: sure contrast, typical slice count, matrix, field of view, latest acquisition, ids."""
+    stack, row = verdict.stack, verdict.stack.rows[0]
+    count = len(stack.rows)
+    fov_mm = (row.rows or 0) * row.spacing_mm[0]
+    return (
+        verdict.confidence != "low",
+        TYPICAL_SLICES[0] <= count <= TYPICAL_SLICES[1],
+        min(count, TYPICAL_SLICES[1]),
+        (row.rows or 0) * (row.columns or 0),
+        -round(abs(fov_mm - TYPICAL_FOV_MM), 1),
+        max((item.acquisition_date, item.acquisition_time) for item in stack.rows),
+        (stack.series_uid, stack.key),
+    )
+
+
+def judge(stack: Stack) -> Verdict:
+    """Decide by its headers whether a stack is a sagittal T2 stack.
+
+    Parameters
+    ----------
+    stack
+        The stack.
+
+    Returns
+    -------
+    Verdict
+        With an empty code if it is one.
+    """
+    for rule in (_reject_by_type, _reject_by_plane, _reject_by_sequence):
+        code = rule(stack)
+        if code:
+            return Verdict(stack, code, (rule.__name__.removeprefix("_reject_"),))
+    return _judge_contrast(stack)
+
+
+def _description(row: FileRow) -> str:
+    return f"{row.series_description} {row.protocol}".lower().replace("_", " ")
+
+
+def _reject_by_type(stack: Stack) -> str:
+    row = stack.rows[0]
+    types = set(row.image_type)
+    if "LOCALIZER" in types or _LOCALIZER.search(_description(row)):
+        return "localizer"
+    if types & NOT_MAGNITUDE_TYPES:
+        return "not_magnitude"
+    if "MOSAIC" in types:
+        return "mosaic"
+    if types & DERIVED_TYPES:
+        return "derived"
+    if row.b_value:
+        return "diffusion"
+    return "multi_echo" if stack.num_echoes > MAX_ECHOES else ""
+
+
+def _reject_by_plane(stack: Stack) -> str:
+    normal = np.abs(slice_normal(stack.rows[0].orientation))
+    if np.argmax(normal) != 0 or normal[0] < SAGITTAL_COSINE:
+        return "not_sagittal" if len(stack.rows) >= MIN_SLICES else "localizer"
+    if len(stack.rows) < MIN_SLICES:
+        return "too_few_slices"
+    return "body_part" if _OTHER_BODY.search(stack.rows[0].body_part.lower()) else ""
+
+
+def _reject_by_sequence(stack: Stack) -> str:
+    row = stack.rows[0]
+    sequence, description = set(row.scanning_sequence), _description(row)
+    inversion = row.inversion_time_ms or 0.0
+    stir_time = STIR_INVERSION_MS[0] <= inversion <= STIR_INVERSION_MS[1]
+    if "EP" in sequence:
+        return "echo_planar"
+    if "GR" in sequence and "SE" not in sequence:
+        return "gradient_echo"
+    if "IR" in sequence or stir_time or _STIR.search(description):
+        return "inversion_recovery"
+    if row.acquisition_type == "3D":
+        return "acquisition_3d"
+    return "fat_suppressed" if "FS" in row.scan_options or _FAT_SUPPRESSED.search(description) else ""
+
+
+def _judge_contrast(stack: Stack) -> Verdict:
+    row = stack.rows[0]
+    flags = _flags(stack)
+    echo, repetition = row.echo_time_ms, row.repetition_time_ms
+    if echo is None or repetition is None:
+        says_t2 = _SAYS_T2.search(_description(row)) and not _SAYS_OTHER.search(_description(row))
+        code = "" if says_t2 else "unknown_contrast"
+        return Verdict(stack, code, ("description", *flags), "low")
+    evidence = ("physics", f"te={echo:g}", f"tr={repetition:g}", *flags)
+    if echo >= T2_MIN_ECHO_MS and repetition >= T2_MIN_REPETITION_MS:
+        return Verdict(stack, "", evidence, "flagged" if flags else "high")
+    if echo <= T1_MAX_ECHO_MS and repetition <= T1_MAX_REPETITION_MS:
+        return Verdict(stack, "t1_weighted", evidence)
+    if echo <= PD_MAX_ECHO_MS and repetition >= T2_MIN_REPETITION_MS:
+        return Verdict(stack, "proton_density", evidence)
+    return Verdict(stack, "unknown_contrast", evidence)
+
+
+def _flags(stack: Stack) -> tuple[str, ...]:
+    row = stack.rows[0]
+    oblique = abs(slice_normal(row.orientation)[0]) < SAGITTAL_SURE_COSINE
+    named = {"oblique": oblique, "contrast_agent": bool(row.contrast_agent), "echoes": stack.num_echoes > 1}
+    return tuple(name for name, fired in named.items() if fired)
