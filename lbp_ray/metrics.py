@@ -50,9 +50,7 @@ def _check(labels_S: np.ndarray, scores_S: np.ndarray) -> None:
         raise MetricError(msg)
 
 
-def study_scores(
-    study_M: np.ndarray, scores_M: np.ndarray, *, rule: StudyRule
-) -> tuple[np.ndarray, np.ndarray]:
+def study_scores(study_M: np.ndarray, scores_M: np.ndarray, *, rule: StudyRule) -> tuple[np.ndarray, np.ndarray]:
     """Aggregate slice scores to study scores.
 
     Parameters

@@ -59,6 +59,7 @@ class Prepared:
     """A study ready to train."""
 
     paths: RunPaths
+    midsagittal: Path
     crops: Crops
     split: Split
     weights_hash: str
@@ -81,7 +82,8 @@ def prepare(config: StudyConfig) -> Prepared:
     paths = RunPaths(config.paths.runs, config.name)
     weights = load_backbone_weights(config.recipe.weights, seed=config.recipe.weights_seed)
     store = SliceStore.open(config.paths.store)
-    crops = _crops(config, paths, store)
+    midsagittal = config.paths.midsagittal or find_midsagittal_artefact(config.paths.store)
+    crops = _crops(config, paths, store, midsagittal)
     exams = _exams(config.paths.questionnaire, store)
     task = exams[exams["label"].notna()]
     analysed = task[task["study_id"].isin(crops.table["study_id"])]
@@ -97,6 +99,7 @@ def prepare(config: StudyConfig) -> Prepared:
     )
     return Prepared(
         paths=paths,
+        midsagittal=midsagittal,
         crops=crops,
         split=split,
         weights_hash=weights_sha256(weights),
@@ -107,8 +110,7 @@ def prepare(config: StudyConfig) -> Prepared:
     )
 
 
-def _crops(config: StudyConfig, paths: RunPaths, store: SliceStore) -> Crops:
-    midsagittal = config.paths.midsagittal or find_midsagittal_artefact(config.paths.store)
+def _crops(config: StudyConfig, paths: RunPaths, store: SliceStore, midsagittal: Path) -> Crops:
     request = CropRequest(config.roi.height_px, config.roi.width_px, config.offsets_mm, config.roi.tolerance_mm)
     folder = paths.crops(request.address(store, midsagittal, config.paths.annotations))
     return build_crops(

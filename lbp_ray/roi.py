@@ -229,7 +229,7 @@ def _cut_all(
 
 def _cut(
     store: SliceStore,
-    row: dict[str, Any],
+    row: dict[Any, Any],
     mid_index: int,
     annotated: dict[str, AnnotatedSlice],
     request: CropRequest,
@@ -266,6 +266,8 @@ def _cut(
         "centroid_column": centroid[1],
         "crop_source": "annotation",
         "annotated_slice": annotation.slice_index,
+        "image_rows": shape[0],
+        "image_columns": shape[1],
         "row_spacing_mm": row["spacing_row_mm"],
         "column_spacing_mm": row["spacing_column_mm"],
     }

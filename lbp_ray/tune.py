@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -21,12 +22,14 @@ from lbp_ray.config import load_config
 from lbp_ray.distributed.extract import ensure_features
 from lbp_ray.distributed.worker import Shared, load_trial_data, run_cell
 from lbp_ray.features import features_id
+from lbp_ray.predict import PREDICTOR_FILE, describe_predictor
 from lbp_ray.prepare import Prepared, prepare
 from lbp_ray.report import render_console, write_report
 from lbp_ray.result import StudyResult
 from lbp_ray.runs import RunError, RunPaths
 from lbp_ray.study import StudyConfig
 from lbp_ray.trial import TrialPlace
+from preprocess.commit import write_atomic
 from preprocess.job import connect
 
 
@@ -74,27 +77,30 @@ class Progress(tune.Callback):
     """One bar over the study's cells, with the latest epoch beside it, and a line per finished cell."""
 
     def __init__(self, *, total: int, done: int, disable: bool) -> None:
-        self._bar = tqdm(total=total, initial=done, desc="trials", unit="trial", disable=disable)
+        pace_s = 0.2 if sys.stderr.isatty() else 15.0
+        self._bar = tqdm(total=total, initial=done, desc="trials", unit="trial", disable=disable, mininterval=pace_s)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:  # noqa: ANN401
         """Show the epoch that a trial has just reported."""
-        self._bar.set_postfix_str(
-            f"{trial.trial_id} epoch {result['epoch']} train {result['train_loss']:.3f} "
-            f"validation {result['validation_loss']:.3f} AUC {result['validation_auc']:.3f}"
-        )
+        self._bar.set_postfix_str(f"{trial} epoch {result['epoch']}: {_describe(result)}", refresh=False)
+        self._bar.update(0)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ANN401
         """Count a finished trial and print its last epoch."""
-        last = trial.last_result
         self._bar.update()
-        self._bar.write(
-            f"{trial.trial_id}: {last['epoch']} epochs, train loss {last['train_loss']:.3f}, "
-            f"validation loss {last['validation_loss']:.3f}, validation AUC {last['validation_auc']:.3f}"
-        )
+        if not self._bar.disable:
+            self._bar.write(f"{trial} done after {trial.last_result['epoch']} epochs: {_describe(trial.last_result)}")
 
     def on_experiment_end(self, trials: list[Any], **_: Any) -> None:  # noqa: ANN401
         """Leave the bar as it stands."""
         self._bar.close()
+
+
+def _describe(result: dict[str, Any]) -> str:
+    return (
+        f"train loss {result['train_loss']:.3f}, validation loss {result['validation_loss']:.3f}, "
+        f"validation AUC {result['validation_auc']:.3f}"
+    )
 
 
 def run_study(config: StudyConfig) -> Path:
@@ -128,6 +134,8 @@ def run_study(config: StudyConfig) -> Path:
     folders = [place_of(spec, prepared.paths, config).final for spec in specs]
     data = load_trial_data(shared.crops, shared.split, shared.features)
     result_folder = aggregate(config, prepared, specs, folders, data)
+    predictor = describe_predictor(config, prepared, specs, folders, prepared.midsagittal / "templates.npz")
+    write_atomic(result_folder / PREDICTOR_FILE, predictor.model_dump_json(indent=1).encode())
     return write_study_report(result_folder, prepared.crops.folder)
 
 
@@ -178,6 +186,7 @@ def _run_missing(
         )
     if not missing:
         return
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the bar above is the console; Tune's own boxes stay away
     by_name = {spec.cell.name: (spec, place_of(spec, prepared.paths, config)) for spec in missing}
     resources = {"CPU": recipe.threads, "GPU": compute.gpus_per_trial}
 

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from preprocess.pipeline import ConvertJob, Outcome, PreprocessError, StorePaths, convert_tree, map_here
+from preprocess.pipeline import ConvertJob, Outcome, StorePaths, convert_tree, map_here
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,11 +65,12 @@ def _convert(options: argparse.Namespace) -> int:
     if outcome.midsagittal:
         print(f"mid-sagittal slices: {outcome.midsagittal}")
     paths = StorePaths(options.out)
-    print(f"store: {paths.store}  (hash {outcome.summary.store_hash[:16]})\nreport: {paths.report}, private: {paths.private}")
+    print(f"store: {paths.store}  (hash {outcome.summary.store_hash[:16]})")
+    print(f"report: {paths.report}, private: {paths.private}")
     share = outcome.summary.quarantined_share
     if share > options.max_quarantine:
         print(
-            f"error: {share:.1%} of the files are quarantined, more than --max-quarantine {options.max_quarantine:.1%}; "
+            f"error: {share:.1%} of the files are quarantined, above --max-quarantine {options.max_quarantine:.1%}; "
             f"see {paths.private / 'files.csv'}",
             file=sys.stderr,
         )
@@ -120,7 +121,8 @@ def _inspect(options: argparse.Namespace) -> int:
     for name in ("contrast", "confidence", "manufacturer", "dtype"):
         counts = sorted(Counter(manifest[name]).items())
         print(f"{name}: " + ", ".join(f"{value} {count}" for value, count in counts))
-    for name in ("num_slices", "rows", "columns", "spacing_slice_mm", "spacing_row_mm", "echo_time_ms", "repetition_time_ms"):
+    sizes = ("num_slices", "rows", "columns", "spacing_slice_mm", "spacing_row_mm")
+    for name in (*sizes, "echo_time_ms", "repetition_time_ms"):
         low, high = manifest[name].min(), manifest[name].max()
         print(f"{name}: {low:g}" + ("" if low == high else f" to {high:g}"))
     return 0

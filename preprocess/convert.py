@@ -67,7 +67,7 @@ def convert_series(task: ConvertTask) -> dict[str, str]:
         return faulty_codes(stack, str(error))
     except OSError:
         raise  # the store's disk, not the file's: the run must stop, and can resume
-    except Exception as error:  # noqa: BLE001  (its text may quote a header; the type may not)
+    except Exception as error:  # its text may quote a header; the type may not
         return faulty_codes(stack, f"internal_error:{type(error).__name__}")
     return converted_codes(stack)
 

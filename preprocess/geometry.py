@@ -40,7 +40,7 @@ CANONICAL_AXES = {0: (0, 2, 1), 1: (1, 2, 0), 2: (2, 1, 0)}
 """Dominant patient axis of the slice normal → patient axes of (slice, row index, column index)."""
 
 CANONICAL_SIGNS = {0: (1, -1, 1), 1: (1, -1, 1), 2: (1, 1, 1)}
-"""Signs to `CANONICAL_AXES`. Sagittal: slices right → left, row index cranial → caudal, columns anterior → posterior."""
+"""Signs to `CANONICAL_AXES`. Sagittal: slices right → left, rows cranial → caudal, columns anterior → posterior."""
 
 
 class GeometryError(ValueError):
@@ -86,7 +86,7 @@ def slice_normal(orientation: Sequence[float]) -> np.ndarray:
     GeometryError
         ``no_geometry`` if the cosines are no pair of perpendicular unit vectors.
     """
-    if len(orientation) != 6:  # noqa: PLR2004
+    if len(orientation) != 6:
         raise GeometryError("no_geometry")
     along_row, along_column = np.asarray(orientation[:3]), np.asarray(orientation[3:])
     lengths = np.linalg.norm([along_row, along_column], axis=1)
@@ -132,8 +132,8 @@ def stack_geometry(rows: Sequence[FileRow]) -> StackGeometry:
         order=tuple(int(index) for index in order),
         positions_mm=tuple(_rounded(along[order] - along[order[0]])),
         spacing_slice_mm=_rounded([pitch])[0],
-        spacing_row_mm=_rounded([np.linalg.norm(plane.row_step)])[0],
-        spacing_column_mm=_rounded([np.linalg.norm(plane.column_step)])[0],
+        spacing_row_mm=_rounded([float(np.linalg.norm(plane.row_step))])[0],
+        spacing_column_mm=_rounded([float(np.linalg.norm(plane.column_step))])[0],
         affine=tuple(_rounded(affine.ravel())),
         transpose=plane.transpose,
         flip_rows=plane.flip_rows,

@@ -59,8 +59,8 @@ def connect(num_cpus: int | None = None, *, verbose: bool = True) -> Iterator[No
 
 
 def _short_temporary_folder() -> str | None:
-    folder = os.path.join(tempfile.gettempdir(), "ray")  # noqa: PTH118  (ray wants a string)
-    return folder if len(folder) <= SOCKET_PATH_LIMIT else "/tmp/ray"  # noqa: S108
+    folder = os.path.join(tempfile.gettempdir(), "ray")  # ray wants a string
+    return folder if len(folder) <= SOCKET_PATH_LIMIT else "/tmp/ray"
 
 
 def in_ray_job() -> bool:
@@ -78,7 +78,7 @@ def require_absolute(paths: Sequence[Path]) -> None:
     """
     relative = [str(path) for path in paths if not path.is_absolute()]
     if in_ray_job() and relative:
-        msg = f"inside a Ray job paths must be absolute and on storage that every node sees, found {', '.join(relative)}"
+        msg = f"inside a Ray job paths must be absolute, on storage that every node sees; found {', '.join(relative)}"
         raise PreprocessError(msg)
 
 
@@ -90,9 +90,10 @@ def map_on_ray(
     A task whose process dies on every attempt yields a `TaskFailure`; an error that the function raises is raised
     here.
     """
-    task = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_call)
+    task: Any = ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_call)
     shared = ray.put(function)
-    limit = IN_FLIGHT_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    limit = IN_FLIGHT_PER_CPU * max(1, int(resources.get("CPU", 1)))
     waiting = deque(range(len(items)))
     running: dict[Any, int] = {}
     with tqdm(total=len(items), desc=title, unit="task", smoothing=0.1, disable=None) as bar:
@@ -116,4 +117,4 @@ def _result(reference: Any) -> Any:  # noqa: ANN401  (whatever the function retu
     except WorkerCrashedError:
         return TaskFailure()
     except RayTaskError as error:
-        raise error.as_instanceof_cause() from None
+        raise error.cause from None

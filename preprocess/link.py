@@ -315,11 +315,6 @@ def _move_image(image: ET.Element, place: tuple[str, int], book: _Book) -> ET.El
         # A label is an enumeration of the task; anything longer or with spaces may be text about the patient.
         label = box.get("label", "")
         edges = {"xtl": left, "ytl": top, "xbr": right, "ybr": bottom}
-        ET.SubElement(
-            moved,
-            "box",
-            label=label if _LEVEL_LABEL.fullmatch(label) else "unnamed",
-            occluded="0",
-            **{edge: f"{value:.2f}" for edge, value in edges.items()},
-        )
+        attributes = {"label": label if _LEVEL_LABEL.fullmatch(label) else "unnamed", "occluded": "0"}
+        ET.SubElement(moved, "box", attributes | {edge: f"{value:.2f}" for edge, value in edges.items()})
     return moved

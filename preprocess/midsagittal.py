@@ -12,22 +12,23 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy import fft
+from scipy.sparse import csr_array
 
 from preprocess.commit import canonical_json, committed_directory, content_id
 from preprocess.store import SliceStore, use_one_thread
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
     import pandas as pd
 
     from preprocess.pipeline import Mapper
@@ -71,9 +72,9 @@ class Templates:
     images_TGG: np.ndarray
 
     @cached_property
-    def spectra_TGK(self) -> np.ndarray:
+    def spectra_TGK(self) -> np.ndarray:  # noqa: N802  (shape suffix)
         """Conjugate spectra (T, G, K) of the normalised templates, complex64."""
-        return np.conj(_spectra(self.images_TGG))
+        return np.asarray(np.conj(_spectra(self.images_TGG)))
 
     def without_patient(self, patient_id: str) -> Templates:
         """Drop the templates that show a patient."""
@@ -136,7 +137,9 @@ class MidsagittalChoice:
     """Score of every slice."""
 
 
-def find_midsagittal(volume_SHW: np.ndarray, spacing_mm: tuple[float, float], templates: Templates) -> MidsagittalChoice:
+def find_midsagittal(
+    volume_SHW: np.ndarray, spacing_mm: tuple[float, float], templates: Templates
+) -> MidsagittalChoice:
     """Find the slice that resembles the templates most.
 
     Parameters
@@ -185,11 +188,12 @@ def slice_similarity(volume_SHW: np.ndarray, spacing_mm: tuple[float, float], te
 
 
 def _spectra(images_NGG: np.ndarray) -> np.ndarray:
-    """Spectra (N, G, K), complex64, of images of zero mean and unit norm under the taper."""
+    """Spectra (N, G, K), complex64, of images brought to zero mean and unit norm under the taper."""
     taper_GG = _taper()
-    tapered = (images_NGG - np.average(images_NGG, axis=(1, 2), weights=np.broadcast_to(taper_GG, images_NGG.shape))[:, None, None]) * taper_GG
-    norms = np.linalg.norm(tapered, axis=(1, 2), keepdims=True)
-    return np.asarray(fft.rfft2(tapered / np.maximum(norms, np.float32(1e-6))))
+    mean_N = (images_NGG * taper_GG).sum(axis=(1, 2)) / taper_GG.sum()
+    tapered = (images_NGG - mean_N[:, None, None]) * taper_GG
+    norm_N = np.sqrt(np.square(tapered).sum(axis=(1, 2)))
+    return np.asarray(fft.rfft2(tapered / np.maximum(norm_N, np.float32(1e-6))[:, None, None]))
 
 
 @lru_cache(maxsize=1)
@@ -200,20 +204,25 @@ def _taper() -> np.ndarray:
 
 
 def _on_grid(images_SHW: np.ndarray, spacing_mm: tuple[float, float]) -> np.ndarray:
-    """Average images onto the grid (S, G, G), float32, scaled by their own mean."""
-    rows_GH = _averager(images_SHW.shape[1], round(float(spacing_mm[0]), 6))
-    columns_GW = _averager(images_SHW.shape[2], round(float(spacing_mm[1]), 6))
-    grid_SGG = rows_GH @ images_SHW.astype(np.float32) @ columns_GW.T
-    return np.asarray(grid_SGG)
+    """Average images onto the grid: (S, G, G) float32.
+
+    Sparse products rather than matrix products: no threads, so the sums are the same on every machine.
+    """
+    count, height, width = images_SHW.shape
+    images_HSW = images_SHW.transpose(1, 0, 2).astype(np.float32)
+    rows_GSW = (_averager(height, spacing_mm[0]) @ images_HSW.reshape(height, -1)).reshape(GRID, count, width)
+    columns_WSG = np.ascontiguousarray(rows_GSW.transpose(2, 1, 0))
+    grid_GSG = (_averager(width, spacing_mm[1]) @ columns_WSG.reshape(width, -1)).reshape(GRID, count, GRID)
+    return np.ascontiguousarray(grid_GSG.transpose(1, 2, 0))
 
 
 @lru_cache(maxsize=64)
-def _averager(count: int, spacing_mm: float) -> np.ndarray:
-    """Matrix (G, count) that averages `count` samples onto the grid by the share of each grid cell they cover."""
+def _averager(count: int, spacing_mm: float) -> csr_array:
+    """Sparse matrix (G, count) that averages samples onto the grid, by the share of each grid cell they cover."""
     edges = (np.arange(count + 1) - count / 2) * spacing_mm
     cells = (np.arange(GRID + 1) - GRID / 2) * GRID_MM
     low, high = np.maximum(cells[:-1, None], edges[None, :-1]), np.minimum(cells[1:, None], edges[None, 1:])
-    return np.asarray(np.clip(high - low, 0, None) / GRID_MM, dtype=np.float32)
+    return csr_array((np.clip(high - low, 0, None) / GRID_MM).astype(np.float32))
 
 
 # --- the artefact ----------------------------------------------------------------------------------------------------
@@ -282,7 +291,7 @@ def choose_for_store(store_path: Path, parent: Path, slices: Sequence[tuple[str,
     rows: list[dict[str, Any]] = []
     for number, result in mapper(partial(_choose_batch, store, templates), batches, names=names, title="mid-sagittal"):
         if not isinstance(result, list):
-            msg = f"choosing mid-sagittal slices failed twice for series {batches[number][0]} and {len(batches[number]) - 1} more"
+            msg = f"the mid-sagittal choice failed twice for series {batches[number][0]} and the next in its batch"
             raise MidsagittalError(msg)
         rows += result
     rows.sort(key=lambda row: str(row["series_id"]))

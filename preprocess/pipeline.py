@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from preprocess.accounting import CONVERTED, FileOutcome, StackOutcome, Summary, summarise, write_reports
@@ -34,6 +32,9 @@ from preprocess.store import committed_series, create_store, sweep_partials, wri
 from preprocess.uid_index import ExamEntry, exam_entry, write_uid_index
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
     from preprocess.select import Verdict
 
 FILES_PER_TASK = 512
@@ -238,7 +239,7 @@ class _Ledger:
         return self.identities[_stack_name(verdict)]
 
     def chosen(self) -> list[tuple[Verdict, Identity]]:
-        """Selected stacks, sorted by study."""
+        """List the selected stacks, sorted by study."""
         verdicts = [exam.selected for exam in self.selection.exams if exam.selected is not None]
         pairs = [(verdict, self.identity(verdict)) for verdict in verdicts]
         return sorted(pairs, key=lambda pair: pair[1].study_id)
@@ -250,9 +251,8 @@ class _Ledger:
             verdict = exam.selected
             series_id = self.identity(verdict).series_id if verdict and self._is_stored(verdict) else ""
             patient_id, study_id = names.patient(*exam.patient), names.study(exam.study_uid)
-            entries.append(
-                exam_entry(exam.patient[1], exam.accession, patient_id=patient_id, study_id=study_id, series_id=series_id)
-            )
+            ids = {"patient_id": patient_id, "study_id": study_id, "series_id": series_id}
+            entries.append(exam_entry(exam.patient[1], exam.accession, **ids))
         return entries
 
     def stored_slices(self) -> dict[str, tuple[str, int]]:

@@ -56,14 +56,18 @@ MAX_ECHOES = 2
 TYPICAL_FOV_MM = 280.0
 """Field of view of the reference protocol; a tie goes to the stack that is nearer."""
 
-DERIVED_TYPES = frozenset({"DERIVED", "MPR", "PROJECTION IMAGE", "MIP", "ADC", "FA", "SUBTRACT", "SUB", "T2 MAP", "T1 MAP"})
+DERIVED_TYPES = frozenset(
+    {"DERIVED", "MPR", "PROJECTION IMAGE", "MIP", "ADC", "FA", "SUBTRACT", "SUB", "T2 MAP", "T1 MAP"}
+)
 """Image types of computed images."""
 
 NOT_MAGNITUDE_TYPES = frozenset({"P", "PHASE", "PHASE MAP", "R", "REAL", "I", "IMAGINARY"})
 """Image types of the other parts of a complex image."""
 
 _LOCALIZER = re.compile(r"\b(loc|localizer|locali[sz]er|scout|survey|3[ -]?plane|calib\w*|asset)\b")
-_OTHER_BODY = re.compile(r"head|brain|skull|neck|c.?spine|cervical|knee|shoulder|hip|prostate|breast|cardiac|heart|liver")
+_OTHER_BODY = re.compile(
+    r"head|brain|skull|neck|c.?spine|cervical|knee|shoulder|hip|prostate|breast|cardiac|heart|liver"
+)
 _FAT_SUPPRESSED = re.compile(r"\b(fs|fat ?sat\w*|spair|spir|dixon|stir|tirm)\b")
 _STIR = re.compile(r"\b(stir|tirm)\b")
 _SAYS_T2 = re.compile(r"\bt2")
@@ -169,7 +173,7 @@ def _geometry_fault(row: FileRow) -> str:
 
 
 def _ungeometric(row: FileRow) -> str:
-    """An image without geometry is an error unless its type says that it could not have one."""
+    """Name the fault of an image without geometry: an error, unless its type says that it could not have one."""
     if DERIVED_TYPES & set(row.image_type):
         return "derived"
     return "secondary_capture" if row.modality in {"OT", "SC"} else "no_geometry"
@@ -210,7 +214,7 @@ def _identity(row: FileRow) -> tuple[object, ...]:
 
 
 def _facets(row: FileRow) -> tuple[object, ...]:
-    """What slices of one stack must share, besides orientation and echo time."""
+    """Gather what slices of one stack must share, besides orientation and echo time."""
     spacing = tuple(round(value, 4) for value in row.spacing_mm)
     return (row.rows, row.columns, spacing, row.image_type, row.temporal_position, row.b_value)
 
@@ -256,7 +260,7 @@ def _split_repeats(rows: list[FileRow]) -> dict[float | None, list[FileRow]]:
 
 
 def _orientation_clusters(orientations: set[tuple[float, ...]]) -> dict[tuple[float, ...], int]:
-    """Number the distinct directions, in the order of their cosines (not of the files)."""
+    """Give each direction the number of its cluster, by the order of the cosines (not of the files)."""
     centres: list[tuple[float, ...]] = []
     cluster_of = {}
     smallest_cosine = np.cos(np.radians(PARALLEL_DEG))
@@ -287,7 +291,7 @@ def choose(stacks: Sequence[Stack]) -> tuple[Verdict, ...]:
     """
     verdicts = [judge(stack) for stack in stacks]
     candidates = [verdict for verdict in verdicts if not verdict.code]
-    if len(candidates) < 2:  # noqa: PLR2004
+    if len(candidates) < 2:
         return tuple(verdicts)
     best = max(candidates, key=_rank)
     return tuple(

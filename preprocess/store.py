@@ -21,13 +21,13 @@ import shutil
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
-from numcodecs import blosc
+from numcodecs import blosc  # type: ignore[import-untyped]
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
@@ -246,7 +246,7 @@ def sweep_partials(store: Path) -> None:
 
 def _fan_out(store: Path) -> Iterator[Path]:
     """Folders that hold series, in order."""
-    names = sorted(entry.name for entry in os.scandir(store) if len(entry.name) == 2 and entry.is_dir())  # noqa: PLR2004
+    names = sorted(entry.name for entry in os.scandir(store) if len(entry.name) == 2 and entry.is_dir())
     return (store / name for name in names)
 
 
@@ -367,8 +367,7 @@ class SliceStore:
         if series_id not in self._rows.index:
             msg = f"no series {series_id} in {self.path}; `python -m preprocess inspect` lists them"
             raise StoreError(msg)
-        row: pd.Series[Any] = self._rows.loc[series_id]
-        return row
+        return cast("pd.Series[Any]", self._rows.loc[series_id])
 
 
 def _read_array(folder: Path, series_id: str) -> tuple[dict[str, Any], np.ndarray]:
@@ -404,7 +403,10 @@ def store_hash(manifest: pd.DataFrame) -> str:
 def _read_manifest(path: Path) -> pd.DataFrame:
     parts = sorted((path / "manifest").glob("[!.]*.parquet"))
     if not parts:
-        msg = f"{path} has no manifest: its conversion did not finish; run the same `python -m preprocess` command again"
+        msg = (
+            f"{path} names no series in its manifest: the conversion did not finish, or found nothing to convert; "
+            "run the same `python -m preprocess` command again and read its report"
+        )
         raise IncompleteStoreError(msg)
     tables = [pq.read_table(part, schema=MANIFEST_SCHEMA) for part in parts]
     manifest: pd.DataFrame = pa.concat_tables(tables).to_pandas()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pydicom
 from pydicom import config as pydicom_config
-from pydicom.pixels import pixel_array
+from pydicom.pixels.utils import pixel_array
 
 from preprocess.geometry import StackGeometry, canonical_pixels, stack_geometry
 
@@ -126,7 +126,7 @@ def decode(root: Path, row: FileRow) -> Slice:
         raise VolumeError(error.code, (row.path,)) from None
     except OSError:
         raise VolumeError("unreadable_file", (row.path,)) from None
-    except Exception:  # noqa: BLE001  (decoders raise anything; their text may quote the header)
+    except Exception:  # decoders raise anything; their text may quote the header
         raise VolumeError("decode_error", (row.path,)) from None
     if pixels.shape != (row.rows, row.columns):
         raise VolumeError("decode_error", (row.path,))

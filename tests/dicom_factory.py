@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 SAGITTAL = (0.0, 1.0, 0.0, 0.0, 0.0, -1.0)
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -66,9 +69,13 @@ def save(dataset, path: Path) -> Path:
     return path
 
 
-def make_series(folder: Path, shape=(5, 12, 10), *, orientation=SAGITTAL, spacing_mm=4.0, origin=(-8.0, 5.0, 9.0), **kw):
+def make_series(
+    folder: Path, shape=(5, 12, 10), *, orientation=SAGITTAL, spacing_mm=4.0, origin=(-8.0, 5.0, 9.0), **kw
+):
     """Write a series along its normal; returns paths and the (S, H, W) pixels in file order."""
-    seed = int.from_bytes(hashlib.sha256(repr((kw.get("patient"), kw.get("study"), kw.get("series"))).encode()).digest()[:4])
+    seed = int.from_bytes(
+        hashlib.sha256(repr((kw.get("patient"), kw.get("study"), kw.get("series"))).encode()).digest()[:4]
+    )
     pixels = kw.pop("pixels", np.random.default_rng(seed).integers(1, 4000, shape).astype(np.uint16))
     normal = np.cross(orientation[:3], orientation[3:])
     paths = []

@@ -33,7 +33,9 @@ def test_rules(row, group):
     assert classify(answers(row)).tolist() == [group]
 
 
-@pytest.mark.parametrize(("column", "value"), [("frequency", 5), ("intensity", 11), ("pain_now", "yes"), ("pain_now", 2)])
+@pytest.mark.parametrize(
+    ("column", "value"), [("frequency", 5), ("intensity", 11), ("pain_now", "yes"), ("pain_now", 2)]
+)
 def test_answers_out_of_range_are_named(column, value):
     table = answers((2, 3, 6, 0, 1), (2, 3, 6, 0, 1)).astype(object)
     table.loc[1, column] = value

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
+from dicom_factory import AXIAL, SAGITTAL, make_dataset, make_series, save
 
 from preprocess.index import FileRow, index_files, walk
 from preprocess.select import choose, make_stacks, select
-from dicom_factory import AXIAL, SAGITTAL, make_dataset, make_series, save
 
 T2_ROW = {
     "study_uid": "1.2",

@@ -12,7 +12,9 @@ def cohort(seed, patients=120, share=0.3):
     exams = generator.choice([1, 2, 3], patients, p=[0.8, 0.15, 0.05])
     patient = np.repeat([f"p{number:04d}" for number in range(patients)], exams)
     label = (generator.random(len(patient)) < share).astype(int)
-    return pd.DataFrame({"study_id": [f"s{row:04d}" for row in range(len(patient))], "patient_id": patient, "label": label})
+    return pd.DataFrame(
+        {"study_id": [f"s{row:04d}" for row in range(len(patient))], "patient_id": patient, "label": label}
+    )
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -20,7 +22,9 @@ def test_folds_are_balanced_by_patient_and_never_share_one(seed):
     exams = cohort(seed)
     split = make_split(exams, folds=10, holdout_fraction=0.1, seed=seed)
     joined = split.merge(exams[["study_id", "label"]], on="study_id")
-    patients = joined.groupby("patient_id").agg(fold=("fold", "first"), label=("label", "max"), folds=("fold", "nunique"))
+    patients = joined.groupby("patient_id").agg(
+        fold=("fold", "first"), label=("label", "max"), folds=("fold", "nunique")
+    )
     assert (patients["folds"] == 1).all()
     inside = patients[patients["fold"] != HOLDOUT].groupby("fold")["label"].agg(["sum", "size"])
     assert np.ptp(inside["sum"]) <= 1

@@ -56,7 +56,9 @@ def test_package_name_is_ours(package):
 
 def test_every_package_is_listed():
     listed = set(re.findall(r'^  "([a-z_.]+)",$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE))
-    folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in MODULES if path.name == "__init__.py"}
+    folders = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in MODULES if path.name == "__init__.py"
+    }
     assert folders <= listed
 
 

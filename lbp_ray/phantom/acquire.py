@@ -50,7 +50,7 @@ class Receiver:
             Shape (rows, columns), float32 magnitude: Rician noise.
         """
         image = fft.ifft2(self.kspace(signal, rng), overwrite_x=True)
-        return np.sqrt(image.real**2 + image.imag**2)
+        return np.asarray(np.sqrt(image.real**2 + image.imag**2))
 
     def kspace(self, signal: Field, rng: np.random.Generator) -> NDArray[np.complex64]:
         """Noisy k-space of a slice, zero frequency first, complex64: what a faster scan would sample less of."""
@@ -89,7 +89,7 @@ def _fermi(count: int, share: float) -> NDArray[np.float64]:
 
 def _smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], nodes: int) -> Field:
     coarse = rng.standard_normal((nodes, nodes), np.float32)
-    rows, cols = (spread(np.linspace(0, nodes - 1, size), nodes) for size in shape)
+    rows, cols = (spread(np.arange(size, dtype=np.float64) * (nodes - 1) / (size - 1), nodes) for size in shape)
     return enlarge(rows, coarse, cols)
 
 
@@ -105,13 +105,13 @@ class Grain:
 
     def draw(self, rng: np.random.Generator) -> Field:
         """Return a (rows, columns) float32 field around 1."""
-        total = np.float32(1)
-        for strength, nodes, (rows, cols) in self.mixers:
-            coarse = rng.standard_normal(nodes, np.float32) * np.float32(strength)
-            total = total + enlarge(rows, coarse, cols)
-        return total  # type: ignore[return-value]
+        layers = [
+            enlarge(rows, rng.standard_normal(nodes, np.float32) * np.float32(strength), cols)
+            for strength, nodes, (rows, cols) in self.mixers
+        ]
+        return np.asarray(sum(layers, start=np.float32(1)))
 
 
 def quantise(volume: Field, gain: float) -> NDArray[np.uint16]:
     """Scale magnitudes to stored 12-bit values, clipped at full scale."""
-    return np.minimum(volume * np.float32(gain) + np.float32(0.5), FULL_SCALE).astype(np.uint16)
+    return np.asarray(np.minimum(volume * np.float32(gain) + np.float32(0.5), FULL_SCALE), np.uint16)

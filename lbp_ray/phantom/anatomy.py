@@ -1,8 +1,9 @@
 """A subject's spine: the chain of bodies and discs, its pose, and spine-following coordinates.
 
-Frames, all in mm. Image plane: ``u`` along +y (anterior → posterior), ``v`` along −z (cranial → caudal), origin in the
-middle of the field of view. Spine: ``s`` is arc length along the curve through the vertebral centres (caudal positive),
-``d`` the distance from that curve (posterior positive), ``x`` runs patient right → left with 0 in the mid-sagittal plane.
+Frames, all in mm. Image plane: ``u`` along +y (anterior → posterior), ``v`` along −z (cranial → caudal), origin in
+the middle of the field of view. Spine: ``s`` is arc length along the curve through the vertebral centres (caudal
+positive), ``d`` the distance from that curve (posterior positive), ``x`` runs patient right → left with 0 in the
+mid-sagittal plane.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ class Anatomy:
         top, bottom = self.s_mid[FIRST_LUMBAR], self.s_mid[SACRUM]
         ramp = np.linspace(top, bottom, 64)
         wave = np.pi / (bottom - top)
-        return amplitude * (np.sin((s - top) * wave + phase) - np.mean(np.sin((ramp - top) * wave + phase)))
+        mean = np.mean(np.sin((ramp - top) * wave + phase))
+        return np.asarray(amplitude * (np.sin((s - top) * wave + phase) - mean))
 
     def rectangles(self) -> Array:
         """Return the five rectangles from mid-body to mid-body, L1–L2 to L5–S1.
@@ -138,8 +140,8 @@ class Anatomy:
         Returns
         -------
         numpy.ndarray
-            Shape (5, 4): u minimum, v minimum, u maximum, v maximum in mm, the smallest axis-aligned rectangles that hold
-            both half bodies and the disc between them.
+            Shape (5, 4): u minimum, v minimum, u maximum, v maximum in mm, the smallest axis-aligned rectangles that
+            hold both half bodies and the disc between them.
         """
         boxes = []
         for level in range(FIRST_LUMBAR, SACRUM):

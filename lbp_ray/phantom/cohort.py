@@ -1,9 +1,9 @@
 """Patients, grades and labels: who has pain, and how well anyone could tell from the grades.
 
-Grades come from correlated latent wear. A logistic model on the grades gives each exam its probability of pain, so the best
-possible score is known. Exactly the wanted number of positives is drawn from that model *conditional on their number*
-(each set of positives in proportion to its likelihood), which leaves the grades, and the ranking by probability, as they
-were: the AUC that the probabilities realise on a cohort bounds what the grades can tell about it.
+Grades come from correlated latent wear. A logistic model on the grades gives each exam its probability of pain, so the
+best possible score is known. Exactly the wanted number of positives is drawn from that model *conditional on their
+number* (each set of positives in proportion to its likelihood), which leaves the grades, and the ranking by
+probability, as they were: the AUC that the probabilities realise on a cohort bounds what the grades can tell about it.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def _latent(rng: np.random.Generator, patient: NDArray[np.int64], section: Cohor
 
     def shared(width: int) -> Array:
         of_patient = rng.standard_normal((patient.max() + 1, width))[patient]
-        return np.sqrt(within) * of_patient + np.sqrt(1 - within) * rng.standard_normal((len(patient), width))
+        of_exam = rng.standard_normal((len(patient), width))
+        return np.asarray(np.sqrt(within) * of_patient + np.sqrt(1 - within) * of_exam)
 
     wear = np.sqrt(between) * shared(1) + np.sqrt(1 - between) * shared(5)
     change = MODIC_LOADING * wear + np.sqrt(1 - MODIC_LOADING**2) * shared(5)

@@ -165,7 +165,7 @@ class DiscShape:
         cleft = {0: 0.2, 1: 0.08, 2: 0.28, 3: 0.12}.get(disc.grade, 0.0)
         core -= cleft * np.exp(-((tau / 0.16) ** 2)) * (np.abs(across) < 0.8)
         grain = blotches(noise, tau.shape, 1.8 / self.step, 1.0)
-        return (core + disc.texture * grain).astype(np.float32)
+        return np.asarray(core + disc.texture * grain, np.float32)
 
     def paint(self, canvas: Labels, x: float) -> None:
         """Paint the disc as the plane at `x` cuts it."""

@@ -6,7 +6,6 @@ knows nothing of grades or labels.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +133,11 @@ class _Namer:
         return folder / styles[self.style]
 
 
+def _set(header: Dataset, values: dict[str, Any]) -> None:
+    for keyword, value in values.items():
+        setattr(header, keyword, value)
+
+
 def _header(identity: Identity, number: int, description: str) -> Dataset:
     header = Dataset()
     values: dict[str, Any] = {
@@ -177,14 +181,15 @@ def _header(identity: Identity, number: int, description: str) -> Dataset:
         "HighBit": 11,
         "PixelRepresentation": 0,
     }
-    header.update(values)
+    _set(header, values)
     return header
 
 
 def _sagittal_header(imaging: Imaging, contrast: Contrast, identity: Identity, number: int) -> Dataset:
     header = _header(identity, number, {T2.name: "SAG T2 FSE", T1.name: "SAG T1 FSE"}[contrast.name])
     size = imaging.matrix
-    header.update(
+    _set(
+        header,
         {
             "ImageType": ["ORIGINAL", "PRIMARY", "OTHER"],
             "ScanningSequence": "SE",
@@ -207,7 +212,7 @@ def _sagittal_header(imaging: Imaging, contrast: Contrast, identity: Identity, n
             "Rows": size,
             "Columns": size,
             "PixelSpacing": [_ds(imaging.pixel_mm)] * 2,
-        }
+        },
     )
     return header
 
@@ -252,7 +257,8 @@ def _instance_numbers(rng: np.random.Generator, count: int) -> NDArray[np.int64]
 
 def _write_localizer(exam: SyntheticExam, identity: Identity, table: NDArray[np.float64], namer: _Namer) -> None:
     base = _header(identity, 1, "3-PLANE LOC")
-    base.update(
+    _set(
+        base,
         {
             "ImageType": ["ORIGINAL", "PRIMARY", "OTHER"],
             "ScanningSequence": "GR",
@@ -269,7 +275,7 @@ def _write_localizer(exam: SyntheticExam, identity: Identity, table: NDArray[np.
             "Rows": LOCALIZER_MATRIX,
             "Columns": LOCALIZER_MATRIX,
             "PixelSpacing": [_ds(LOCALIZER_FOV_MM / LOCALIZER_MATRIX)] * 2,
-        }
+        },
     )
     folder, encoder = namer.series(), _Encoder(base)
     half = LOCALIZER_FOV_MM / 2 * (1 - 1 / LOCALIZER_MATRIX)
@@ -294,7 +300,7 @@ def _localizer_images(
     axis = (np.arange(LOCALIZER_MATRIX) - (LOCALIZER_MATRIX - 1) / 2) * (LOCALIZER_FOV_MM / LOCALIZER_MATRIX)
     stack = exam.volumes[T2.name].astype(np.float32)
     half = exam.imaging.fov_mm / 2
-    images = []
+    images: list[tuple[tuple[int, ...], tuple[int, ...], NDArray[np.uint16]]] = []
     for rows, columns in _PLANES:
         point = (
             np.multiply.outer(np.array(rows, float), axis)[:, :, None]
@@ -329,7 +335,7 @@ class _Encoder:
         meta.MediaStorageSOPClassUID = MRImageStorage
         meta.MediaStorageSOPInstanceUID = own.SOPInstanceUID
         meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        buffer = io.BytesIO()
+        buffer = DicomBytesIO()
         buffer.write(b"\0" * 128 + b"DICM")
         write_file_meta_info(buffer, meta)
         path.write_bytes(buffer.getvalue() + b"".join(elements[tag] for tag in sorted(elements)))

@@ -113,8 +113,7 @@ class Scene:
     def _map_pixels(self, step_mm: float) -> None:
         plane, coarse = self.plane, np.arange(self.plane.u[0] - 6, self.plane.u[-1] + 11, _COARSE_MM)
         v, u = np.meshgrid(coarse, coarse, indexing="ij")
-        s, d = self.anatomy.curve.locate(u, v)
-        s, d = s.astype(np.float32), d.astype(np.float32)
+        s, d = (part.astype(np.float32) for part in self.anatomy.curve.locate(u, v))
         reach = self.surround.fascia[:, None] + 1 > plane.u
         fine_s, fine_d = (self._upsample(f, coarse, 0.0, 0.0) for f in (s, d))
         front = -(self.anatomy.half_depth.max() + 2 * self.anatomy.vessel[1] + 5)
@@ -222,7 +221,7 @@ def _stack(imaging: Imaging, rng: np.random.Generator) -> tuple[NDArray[np.float
     count = int(rng.integers(imaging.slices[0], imaging.slices[1] + 1))
     mid = count // 2 + int(rng.integers(-imaging.mid_shift, imaging.mid_shift + 1))
     offset = float(rng.uniform(-0.5, 0.5)) * imaging.spacing_mm
-    return (np.arange(count) - mid) * imaging.spacing_mm - offset, mid, offset
+    return (np.arange(count, dtype=np.float64) - mid) * imaging.spacing_mm - offset, mid, offset
 
 
 def _truth(anatomy: Anatomy, imaging: Imaging, mid: int, offset: float) -> ExamTruth:

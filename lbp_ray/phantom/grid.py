@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -46,7 +46,7 @@ class Grid:
         return Block(rows, cols, s, d, t)
 
 
-def spread(position: NDArray[np.float64], count: int) -> csr_array:
+def spread(position: NDArray[np.floating[Any]], count: int) -> csr_array:
     """Weights of linear interpolation at `position` (in nodes, 0 to `count` − 1) as a sparse (positions, count) matrix.
 
     Sparse on purpose: two weights per row are all there is, and no threaded library is woken for them.

@@ -1,8 +1,8 @@
 """Latent pain histories and the questionnaire answers they lead to.
 
-Pain comes in episodes over fifteen years of follow-up: they start at random, last days to months and hurt more or less, as
-the person's disposition has it. Answers are read off the history on the day of the exam. Nothing here knows the rules that
-sort answers into groups: histories are drawn until `lbp_ray.cohort.classify` puts them where they are wanted.
+Pain comes in episodes over fifteen years of follow-up: they start at random, last days to months and hurt more or less,
+as the person's disposition has it. Answers are read off the history on the day of the exam. Nothing here knows the
+rules that sort answers into groups: histories are drawn until `lbp_ray.cohort.classify` puts them where wanted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DISPOSITIONS: dict[str, tuple[float, float, float, float]] = {
     "slightly_symptomatic": (0.5, 40.0, 3.0, 0.6),
     "not_enough_data": (0.3, 20.0, 3.0, 0.3),
 }
-"""Per group: episodes per year, typical duration (days), typical intensity, chance of an episode on the day of the exam."""
+"""Per group: episodes per year, typical duration (days), typical intensity, chance of pain on the day of the exam."""
 
 
 def draw_questionnaire(groups: Sequence[str], rng: np.random.Generator) -> pd.DataFrame:

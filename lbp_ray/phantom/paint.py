@@ -1,8 +1,8 @@
 """Materials of one thin sagittal plane, painted in spine coordinates.
 
 In those coordinates a body is nearly a rectangle and the canal a straight band, so each structure is a few comparisons
-between a field that is computed once per subject and a number that depends on the plane's lateral position ``x``. Fields
-have the shape (rows along ``s``, columns along ``d``); later paint covers earlier paint.
+between a field that is computed once per subject and a number that depends on the plane's lateral position ``x``.
+Fields have the shape (rows along ``s``, columns along ``d``); later paint covers earlier paint.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lbp_ray.phantom.tissue import TISSUES, Palette, Tissue
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    Array = NDArray[np.float64]
     Field = NDArray[np.float32]
     Labels = NDArray[np.uint8]
 
@@ -62,8 +63,16 @@ class Painter:
         self.bodies = [Body(anatomy, k, grid, palette, look) for k in range(len(SEGMENTS))]
         self.discs = [DiscShape(anatomy, k, grid, palette, grain) for k in range(SACRUM)]
         self.arches: list[Arch] = build_arches(anatomy, grid, palette)
-        a, s = anatomy, grid.s
-        interp = lambda values: np.interp(s, a.s_mid, values).astype(np.float32)  # noqa: E731
+        self._lay_out_rows(grain)
+        self._lay_out_textures(grain)
+
+    def _lay_out_rows(self, grain: np.random.Generator) -> None:
+        """Compute what varies along the spine only: depths, canal, sac, cord, vessels."""
+        a, s = self.anatomy, self.grid.s
+
+        def interp(values: Array) -> Field:
+            return np.interp(s, a.s_mid, values).astype(np.float32)
+
         self.half_depth, self.half_width = interp(a.half_depth), interp(a.half_width)
         self.x0 = a.lateral_shift(s.astype(np.float64)).astype(np.float32)
         taper = np.ones(len(SEGMENTS))
@@ -79,16 +88,20 @@ class Painter:
         bumps = np.exp(-(((s[:, None] - discs_s[None, :SACRUM]) / 7.0) ** 2)).sum(1)
         self.pad = (1.0 + 4.2 * bumps).astype(np.float32)
         self.cord = self._cord_radius()
-        self.apron = (3.2 + blotches(grain, s.shape, 14 / grid.step, 1.0)[: len(s)]).clip(0.8).astype(np.float32)
+        self.apron = (3.2 + blotches(grain, s.shape, 14 / self.grid.step, 1.0)[: len(s)]).clip(0.8).astype(np.float32)
         aorta_x, radius, vein_x = a.vessel
         self.vessels = (
             Vessel(aorta_x, radius, float(a.s_mid[FIRST_LUMBAR + 3])),
             Vessel(vein_x, radius * 1.05, float(a.s_mid[FIRST_LUMBAR + 4])),
         )
-        rows = int(2.0 * len(s))
-        self.fibres = fibres(grain, (rows, grid.shape[1]), 9.0 / grid.step, 1.0 / grid.step)
-        self.strands = fibres(grain, (rows, grid.shape[1]), 16.0 / grid.step, 0.6 / grid.step)
-        self.weave = fibres(grain, (rows, grid.shape[1]), 2.6 / grid.step, 4.0 / grid.step)
+
+    def _lay_out_textures(self, grain: np.random.Generator) -> None:
+        """Draw the textures that every slice takes another part of, and the materials they stand for."""
+        palette, step = self.palette, self.grid.step
+        shape = (2 * self.grid.shape[0], self.grid.shape[1])
+        self.fibres = fibres(grain, shape, 9.0 / step, 1.0 / step)
+        self.strands = fibres(grain, shape, 16.0 / step, 0.6 / step)
+        self.weave = fibres(grain, shape, 2.6 / step, 4.0 / step)
         self.muscle = _ramp(palette, _MUSCLE, (0.5, 0.75, 0.86, 0.94))
         self.midline = _ramp(palette, _MIDLINE, (0.15, 0.35, 0.6, 0.85))
         self.scar = np.uint8(palette.add(Tissue(0.45, 800, 38, 0.12)))
@@ -98,7 +111,7 @@ class Painter:
         below = (self.grid.s - np.float32(self.anatomy.conus_s)) / 26.0
         swell = 4.1 + 0.5 * np.exp(-(((below + 0.9) / 0.5) ** 2))
         taper = expit(-(below + 0.25) * 7)
-        return np.maximum(swell * taper * self.anatomy.pose.scale, 0.0).astype(np.float32)
+        return np.asarray(swell * taper * self.anatomy.pose.scale, np.float32)
 
     def plane(self, x_mm: float, offset: tuple[int, int]) -> Labels:
         """Paint the plane at lateral position `x_mm`.
@@ -155,7 +168,7 @@ class Painter:
             self._paint_vessel(view, d, lateral, vessel)
 
     def _paint_vessel(self, view: Labels, d: Field, lateral: Field, vessel: Vessel) -> None:
-        """A vertical tube in front of the bodies that veers sideways below where it forks."""
+        """Paint a vertical tube in front of the bodies that veers sideways below where it forks."""
         below = (self.grid.s - np.float32(vessel.fork_s)).clip(0)
         off = lateral - np.float32(vessel.x_mm) - np.float32(np.sign(vessel.x_mm) * 0.55) * below
         radius = np.where(below > 0, 0.62, 1.0) * vessel.radius_mm

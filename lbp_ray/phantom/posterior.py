@@ -70,8 +70,7 @@ def build_arches(anatomy: Anatomy, grid: Grid, palette: Palette) -> list[Arch]:
     for k in range(SACRUM):
         size = anatomy.pose.scale * (0.78 + 0.22 * min(k / FIRST_LUMBAR, 1.0))
         depth = anatomy.half_depth[k]
-        for part in _parts(k, depth, size, anatomy.spinous[k]):
-            arches.append(_arch(anatomy, grid, k, part, bone))
+        arches += [_arch(anatomy, grid, k, part, bone) for part in _parts(k, depth, size, anatomy.spinous[k])]
         foot = anatomy.height[k] / 2
         nerve = _Part(foot - 3.0, depth + 5.5, 2.7, 2.3, 20, 10.5 * size, 24 * size)
         arches.append(_arch(anatomy, grid, k, nerve, root))

@@ -40,7 +40,7 @@ class Plane:
     @classmethod
     def square(cls, matrix: int, fov_mm: float) -> Plane:
         """Return the plane of a square image with its middle at (0, 0)."""
-        axis = (np.arange(matrix) - (matrix - 1) / 2) * (fov_mm / matrix)
+        axis = (np.arange(matrix, dtype=np.float64) - (matrix - 1) / 2) * (fov_mm / matrix)
         return cls(axis, axis)
 
     @property
@@ -61,7 +61,10 @@ class Surround:
         tissue = {name: np.array([signal(TISSUES[name], c) for c in contrasts]) for name in TISSUES}
         self.fat, self.wall = tissue["fat"], tissue["bowel"]
         pixel = plane.pixel_mm
-        beyond = lambda edge: ((plane.u - edge[:, None]) / pixel + 0.5).clip(0, 1).astype(np.float32)  # noqa: E731
+
+        def beyond(edge: NDArray[np.float64]) -> Field:
+            return ((plane.u - edge[:, None]) / pixel + 0.5).clip(0, 1).astype(np.float32)
+
         in_fat, in_skin, in_air = beyond(fascia), beyond(skin - 1.6), beyond(skin)
         band = beyond(fascia - 1.0) * (1 - in_fat)
         self.behind = in_fat + band

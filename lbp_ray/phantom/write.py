@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
     from lbp_ray.phantom.config import PhantomConfig
 
+PHANTOM_VERSION = 1
+"""Raised by hand when the same configuration gives other bytes; a tree of another version is not taken for this one."""
+
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 _JUNK: tuple[tuple[str, bytes], ...] = (
@@ -56,7 +59,7 @@ class CohortSummary:
 
 
 @dataclass(frozen=True)
-class _Job:
+class ExamJob:
     """One exam to simulate and write, in any process."""
 
     spec: ExamSpec
@@ -89,7 +92,7 @@ def write_cohort(config: PhantomConfig, *, progress: bool = False) -> CohortSumm
     FileExistsError
         If the folder exists and holds anything else.
     """
-    identity = content_id(config.model_dump(mode="json", exclude={"out", "workers"}))
+    identity = content_id([PHANTOM_VERSION, config.model_dump(mode="json", exclude={"out", "workers"})])
     if config.out.exists():
         return _existing(config.out, identity)
     partial = config.out.parent / f"{PARTIAL_PREFIX}{config.out.name}"
@@ -118,11 +121,8 @@ def _summary(out: Path, record: dict[str, Any]) -> CohortSummary:
 
 
 def _write(config: PhantomConfig, out: Path, *, progress: bool) -> dict[str, Any]:
-    draw, names, asked, files, chosen, junk = np.random.SeedSequence(config.seed).spawn(6)
-    exams = draw_exams(config.cohort, draw)
-    rows = len(exams.patient) + sum(config.cohort.excluded.values()) - config.cohort.excluded_imaged
-    identities = invent_identities(exams.patient, rows, np.random.default_rng(names))
-    jobs = _plan(config, exams, identities, files, out / "dicom")
+    asked, chosen, junk = np.random.SeedSequence(config.seed, spawn_key=(1,)).spawn(3)
+    exams, identities, jobs = plan_cohort(config, out / "dicom")
     results = _run(jobs, config.workers, progress=progress)
     _write_tables(config, out, exams, identities, results, np.random.default_rng(asked))
     _write_choices(config, out, exams, results, np.random.default_rng(chosen))
@@ -171,9 +171,26 @@ def invent_identities(patient: np.ndarray, rows: int, rng: np.random.Generator) 
     return identities
 
 
-def _plan(
-    config: PhantomConfig, exams: Exams, identities: list[Identity], seed: np.random.SeedSequence, root: Path
-) -> list[_Job]:
+def plan_cohort(config: PhantomConfig, root: Path) -> tuple[Exams, list[Identity], list[ExamJob]]:
+    """Decide everything about a cohort but its pixels and answers.
+
+    Parameters
+    ----------
+    config
+        The cohort.
+    root
+        Where the DICOM tree will be.
+
+    Returns
+    -------
+    tuple
+        The exams (analysed ones first, then imaged excluded ones), one identity per questionnaire row (exams first),
+        and one job per exam. Names, order, build, pose and noise come from streams that grades and labels never touch.
+    """
+    draw, names, seed = np.random.SeedSequence(config.seed, spawn_key=(0,)).spawn(3)
+    exams = draw_exams(config.cohort, draw)
+    rows = len(exams.patient) + sum(config.cohort.excluded.values()) - config.cohort.excluded_imaged
+    identities = invent_identities(exams.patient, rows, np.random.default_rng(names))
     imaging = Imaging(
         **config.image.model_dump(exclude={"slices_min", "slices_max"}),
         slices=(config.image.slices_min, config.image.slices_max),
@@ -187,18 +204,18 @@ def _plan(
             (config.seed, 102, k),
         )
         tree = config.tree
-        jobs.append(_Job(spec, imaging, identities[k], file_seed, root, tree.t1, tree.localizer, tree.flipped_share))
-    return jobs
+        jobs.append(ExamJob(spec, imaging, identities[k], file_seed, root, tree.t1, tree.localizer, tree.flipped_share))
+    return exams, identities, jobs
 
 
-def _run(jobs: list[_Job], workers: int | None, *, progress: bool) -> list[tuple[ExamTruth, Written]]:
+def _run(jobs: list[ExamJob], workers: int | None, *, progress: bool) -> list[tuple[ExamTruth, Written]]:
     workers = min(workers or len(os.sched_getaffinity(0)), len(jobs))
-    bar = {"total": len(jobs), "desc": "phantom", "unit": "exam", "disable": not progress}
+    bar: dict[str, Any] = {"total": len(jobs), "desc": "phantom", "unit": "exam", "disable": not progress}
     if workers == 1:
-        return list(tqdm(map(_run_job, jobs), **bar))
+        return list(tqdm(map(run_job, jobs), **bar))
     context = multiprocessing.get_context("spawn")
     with _one_thread(), ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return list(tqdm(pool.map(_run_job, jobs, chunksize=2), **bar))
+        return list(tqdm(pool.map(run_job, jobs, chunksize=2), **bar))
 
 
 @contextmanager
@@ -215,7 +232,8 @@ def _one_thread() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _run_job(job: _Job) -> tuple[ExamTruth, Written]:
+def run_job(job: ExamJob) -> tuple[ExamTruth, Written]:
+    """Simulate and write one exam."""
     exam = simulate_exam(job.spec, job.imaging, (T2, T1) if job.t1 else (T2,))
     written = write_exam(
         exam,

@@ -1,0 +1,334 @@
+"""One exam, DICOM → probability and evidence, by the networks of a finished study.
+
+``python -m lbp_ray.predict DICOM_DIR --result RUNS/demo/results/ID --out DIR``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.image import imsave
+from pydantic import Field
+
+from lbp_ray.config import FrozenModel
+from lbp_ray.contact_sheet import tile
+from lbp_ray.metrics import study_scores, youden_threshold
+from lbp_ray.nets.resnet import build_backbone, build_head, standardise
+from lbp_ray.roi import Box, Excluded, choose_neighbours, place_box
+from lbp_ray.splits import HOLDOUT
+from preprocess.commit import write_atomic
+from preprocess.exam import ConvertedExam, convert_exam
+from preprocess.midsagittal import MidsagittalChoice, find_midsagittal, load_templates
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lbp_ray.cell import TrialSpec
+    from lbp_ray.prepare import Prepared
+    from lbp_ray.study import StudyConfig
+
+SPACING_TOLERANCE = 0.05
+"""Largest relative difference of an exam's pixel spacing to the study's; beyond it a box shows other anatomy."""
+
+PREDICTOR_FILE = "predictor.json"
+"""Name of the predictor's description inside a result folder."""
+
+
+class PredictError(ValueError):
+    """An exam or a study that no prediction can be made with."""
+
+
+class SliceCountPredictor(FrozenModel):
+    """The fold networks of one slice count."""
+
+    models: tuple[Path, ...]
+    threshold: float
+    """Youden threshold of all seed-averaged out-of-fold study scores."""
+
+
+class Predictor(FrozenModel):
+    """All that a prediction needs of a finished study; no store, no label."""
+
+    name: str
+    statements: tuple[str, ...]
+    templates: Path
+    box_height_px: int
+    box_width_px: int
+    spacing_mm: tuple[float, float]
+    """Row and column spacing of the study's images."""
+    centroid_mm: tuple[float, float]
+    """Mean box centroid of the study, from the image centre, rows then columns."""
+    slice_pitch_mm: float
+    tolerance_mm: float
+    study_rule: Annotated[str, Field(pattern="^(max|mean)$")]
+    by_slice_count: dict[int, SliceCountPredictor]
+
+    @classmethod
+    def load(cls, result_folder: Path) -> Predictor:
+        """Read a result folder's predictor.
+
+        Raises
+        ------
+        PredictError
+            If the folder is not a finished result or no network was kept.
+        """
+        path = result_folder / PREDICTOR_FILE
+        if not path.is_file():
+            msg = f"{path} not found: give the folder of a finished study's result, as printed at its end"
+            raise PredictError(msg)
+        predictor = cls.model_validate_json(path.read_bytes())
+        if not predictor.by_slice_count:
+            msg = f"{path}: the study kept no network; run it again with compute.keep_models=first_seed"
+            raise PredictError(msg)
+        return predictor
+
+
+def describe_predictor(
+    config: StudyConfig, prepared: Prepared, specs: Sequence[TrialSpec], folders: Sequence[Path], templates: Path
+) -> Predictor:
+    """Collect what a finished study's networks need to judge a new exam.
+
+    Parameters
+    ----------
+    config, prepared
+        The study.
+    specs, folders
+        Its trials and where they are committed.
+    templates
+        ``templates.npz`` of the mid-sagittal artefact.
+    """
+    inside = prepared.split.table.loc[prepared.split.table["fold"] != HOLDOUT, "study_id"]
+    table = prepared.crops.table
+    table = table[table["study_id"].isin(inside)]
+    spacing = (float(table["row_spacing_mm"].median()), float(table["column_spacing_mm"].median()))
+    rows = (table["centroid_row"] - table["image_rows"] / 2) * table["row_spacing_mm"]
+    columns = (table["centroid_column"] - table["image_columns"] / 2) * table["column_spacing_mm"]
+    predictors = {}
+    for count in config.slice_counts:
+        chosen = [folder for spec, folder in zip(specs, folders, strict=True) if spec.cell.num_slices == count]
+        models = tuple(folder / "model.pt" for folder in chosen if (folder / "model.pt").is_file())
+        if models:
+            predictors[count] = SliceCountPredictor(models=models, threshold=_threshold(chosen, prepared, config))
+    return Predictor(
+        name=config.name,
+        statements=config.statements,
+        templates=templates,
+        box_height_px=config.roi.height_px,
+        box_width_px=config.roi.width_px,
+        spacing_mm=spacing,
+        centroid_mm=(float(rows.mean()), float(columns.mean())),
+        slice_pitch_mm=config.roi.slice_pitch_mm,
+        tolerance_mm=config.roi.tolerance_mm,
+        study_rule=config.recipe.study_rule,
+        by_slice_count=predictors,
+    )
+
+
+def _threshold(folders: Sequence[Path], prepared: Prepared, config: StudyConfig) -> float:
+    slices = pd.concat([pd.read_parquet(folder / "out_of_fold.parquet") for folder in folders])
+    mean = slices.groupby(["study_id", "slice_index"], as_index=False)["probability"].mean()
+    studies, scores = study_scores(
+        mean["study_id"].to_numpy(dtype=str), mean["probability"].to_numpy(), rule=config.recipe.study_rule
+    )
+    labels = prepared.split.table.set_index("study_id")["label"]
+    return youden_threshold(labels.loc[studies].to_numpy(dtype=int), scores)
+
+
+class Prediction(FrozenModel):
+    """A probability and what it rests on; holds no identifier of the exam."""
+
+    study: str
+    probability: float
+    """Study probability, averaged over the fold networks."""
+    threshold: float
+    positive: bool
+    slice_probabilities: tuple[float, ...]
+    """Of each slice, right to left, averaged over the fold networks."""
+    slice_offsets_mm: tuple[float, ...]
+    mid_slice: int
+    num_slices_in_stack: int
+    mid_confidence: float
+    box: Box
+    crop_source: str
+    """``mean_box`` (the study's average place) or ``given``."""
+    num_models: int
+    statements: tuple[str, ...]
+    files: dict[str, int]
+    """Code → number of files of the folder."""
+
+
+def predict_exam(
+    predictor: Predictor, exam: ConvertedExam, *, num_slices: int, centroid: tuple[float, float] | None = None
+) -> tuple[Prediction, np.ndarray]:
+    """Score one exam.
+
+    Parameters
+    ----------
+    predictor
+        A finished study's.
+    exam
+        The converted sagittal T2 stack.
+    num_slices
+        One of the study's slice counts.
+    centroid
+        Row and column of the lumbar region's centre in canonical pixels; None takes the study's mean place.
+
+    Returns
+    -------
+    Prediction
+        With its evidence.
+    numpy.ndarray
+        (H, W, 3) uint8 picture: the mid-sagittal slice with its box, and the crops.
+
+    Raises
+    ------
+    PredictError
+        If spacing, size or neighbours do not fit the study.
+    """
+    if num_slices not in predictor.by_slice_count:
+        msg = f"the study has networks for {sorted(predictor.by_slice_count)} slices, {num_slices} was asked for"
+        raise PredictError(msg)
+    _require_spacing(predictor, exam)
+    middle = find_midsagittal(exam.pixels_SHW, exam.spacing_mm, load_templates(predictor.templates))
+    chosen = predictor.by_slice_count[num_slices]
+    try:
+        box, indices = _place(predictor, exam, middle, num_slices, centroid)
+    except Excluded as verdict:
+        msg = f"the exam cannot be cropped ({verdict.reason}): {verdict}"
+        raise PredictError(msg) from verdict
+    crops_KHW = box.cut(exam.pixels_SHW[indices])
+    slice_scores_K = np.mean([_score(path, crops_KHW) for path in chosen.models], axis=0)
+    probability = float(slice_scores_K.max() if predictor.study_rule == "max" else slice_scores_K.mean())
+    positions = np.array(exam.record.positions_mm)
+    codes = pd.Series(list(exam.codes.values())).value_counts()
+    prediction = Prediction(
+        study=predictor.name,
+        probability=probability,
+        threshold=chosen.threshold,
+        positive=probability >= chosen.threshold,
+        slice_probabilities=tuple(slice_scores_K.tolist()),
+        slice_offsets_mm=tuple((positions[indices] - positions[middle.slice_index]).tolist()),
+        mid_slice=middle.slice_index,
+        num_slices_in_stack=len(positions),
+        mid_confidence=middle.confidence,
+        box=box,
+        crop_source="mean_box" if centroid is None else "given",
+        num_models=len(chosen.models),
+        statements=predictor.statements,
+        files={str(code): int(count) for code, count in codes.items()},
+    )
+    return prediction, _picture(exam.pixels_SHW[middle.slice_index], box, crops_KHW)
+
+
+def _require_spacing(predictor: Predictor, exam: ConvertedExam) -> None:
+    off = np.abs(np.divide(exam.spacing_mm, predictor.spacing_mm) - 1)
+    if (off > SPACING_TOLERANCE).any():
+        found, wanted = (
+            " x ".join(f"{value:.3f}" for value in pair) for pair in (exam.spacing_mm, predictor.spacing_mm)
+        )
+        msg = (
+            f"the exam's pixel spacing is {found} mm, the study's {wanted} mm: its fixed box would show other anatomy, "
+            "and nothing is resampled silently; resample the exam, or use a study of this protocol"
+        )
+        raise PredictError(msg)
+
+
+def _place(
+    predictor: Predictor,
+    exam: ConvertedExam,
+    middle: MidsagittalChoice,
+    num_slices: int,
+    centroid: tuple[float, float] | None,
+) -> tuple[Box, np.ndarray]:
+    shape = (exam.pixels_SHW.shape[1], exam.pixels_SHW.shape[2])
+    if centroid is None:
+        row, column = (
+            size / 2 + offset / spacing
+            for size, offset, spacing in zip(shape, predictor.centroid_mm, exam.spacing_mm, strict=True)
+        )
+        centroid = (row, column)
+    box = place_box(centroid, shape, height=predictor.box_height_px, width=predictor.box_width_px)
+    offsets = [step * predictor.slice_pitch_mm for step in range(-(num_slices // 2), num_slices // 2 + 1)]
+    positions = np.array(exam.record.positions_mm)
+    return box, choose_neighbours(positions, middle.slice_index, offsets, tolerance_mm=predictor.tolerance_mm)
+
+
+def _score(path: Path, crops_KHW: np.ndarray) -> np.ndarray:
+    """Probability of each slice by one network, (K,)."""
+    if not path.is_file():
+        msg = f"the network {path} is gone; run the study again, it trains only what is missing"
+        raise PredictError(msg)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    backbone, head = build_backbone(state["backbone"]), build_head(seed=0)
+    head.load_state_dict(state["head"])
+    with torch.inference_mode():
+        logits = head(backbone(standardise(torch.from_numpy(np.ascontiguousarray(crops_KHW)))))
+    return np.asarray(torch.sigmoid(logits.double())[:, 0].numpy())
+
+
+def _picture(slice_HW: np.ndarray, box: Box, crops_KHW: np.ndarray) -> np.ndarray:
+    nothing = (-1, -1, crops_KHW.shape[1] + 9, crops_KHW.shape[2] + 9)
+    size = max(box.height, box.width)
+    crops = []
+    for crop_HW in crops_KHW:
+        square = np.full((size, size), crop_HW.min())
+        square[: box.height, : box.width] = crop_HW
+        crops.append(tile(square, nothing))
+    return np.concatenate([tile(slice_HW, box), *crops], axis=1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line, predict one exam and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m lbp_ray.predict", description=__doc__)
+    parser.add_argument("dicom_dir", type=Path, help="folder of one exam")
+    parser.add_argument("--result", type=Path, required=True, help="result folder of a finished study")
+    parser.add_argument("--out", type=Path, required=True, help="folder for prediction.json and prediction.png")
+    parser.add_argument("--num-slices", type=int, help="slice count; the study's largest by default")
+    parser.add_argument(
+        "--centroid", type=float, nargs=2, metavar=("ROW", "COLUMN"), help="centre of the lumbar region"
+    )
+    parsed = parser.parse_args(arguments)
+    try:
+        predictor = Predictor.load(parsed.result)
+        prediction, picture = predict_exam(
+            predictor,
+            convert_exam(parsed.dicom_dir),
+            num_slices=parsed.num_slices or max(predictor.by_slice_count),
+            centroid=tuple(parsed.centroid) if parsed.centroid else None,
+        )
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    write_atomic(parsed.out / "prediction.json", prediction.model_dump_json(indent=1).encode())
+    imsave(parsed.out / "prediction.png", picture)
+    sys.stdout.write(_render(prediction) + f"\nevidence: {parsed.out / 'prediction.png'}\n")
+    return 0
+
+
+def _render(prediction: Prediction) -> str:
+    slices = ", ".join(
+        f"{offset:+.1f} mm: {probability:.3f}"
+        for offset, probability in zip(prediction.slice_offsets_mm, prediction.slice_probabilities, strict=True)
+    )
+    call = "at or above" if prediction.positive else "below"
+    return "\n".join(
+        [
+            f"probability {prediction.probability:.3f} of symptoms, {call} the threshold {prediction.threshold:.3f}",
+            f"  {prediction.num_models} networks of study {prediction.study}; slices {slices}",
+            f"  mid-sagittal slice {prediction.mid_slice + 1} of {prediction.num_slices_in_stack}, "
+            f"confidence {prediction.mid_confidence:.2f}; box from {prediction.crop_source}",
+            f"  files: {json.dumps(prediction.files)}",
+            *(f"  - {statement}" for statement in prediction.statements),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

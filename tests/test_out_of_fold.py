@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from study_factory import make_spec
+
+from lbp_ray.out_of_fold import (
+    OUT_OF_FOLD_COLUMNS,
+    IncompleteStudyError,
+    check_environments,
+    collect,
+    collect_holdout,
+)
+from lbp_ray.prepare import Split
+
+FOLD_OF = {"a": 0, "b": 0, "c": 1, "d": 1, "h": -1}
+LABEL_OF = {"a": 0, "b": 1, "c": 0, "d": 1, "h": pd.NA}
+
+
+@pytest.fixture
+def split(tmp_path):
+    table = pd.DataFrame({"study_id": list(FOLD_OF), "patient_id": list("pqrst"), "fold": list(FOLD_OF.values())})
+    return Split(table.assign(label=pd.array(list(LABEL_OF.values()), "Int64")), "split", "sealed", tmp_path)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Two folds x two seeds x one and three slices, committed as trials leave them."""
+    specs = [make_spec(count, fold, seed) for count in (1, 3) for fold in (0, 1) for seed in (0, 1)]
+    folders = [tmp_path / "trials" / spec.cell.name for spec in specs]
+    for spec, folder in zip(specs, folders, strict=True):
+        folder.mkdir(parents=True)
+        reach = spec.cell.num_slices // 2
+        rows = [
+            {
+                "study_id": study,
+                "slice_index": 5 + step,
+                "slice_offset_mm": 4.0 * step,
+                "probability": 0.1 * (place + 1),
+            }
+            for place, (study, fold) in enumerate(FOLD_OF.items())
+            if fold == spec.cell.fold
+            for step in range(-reach, reach + 1)
+        ]
+        pd.DataFrame(rows).to_parquet(folder / "out_of_fold.parquet")
+        pd.DataFrame(rows).assign(study_id="h").to_parquet(folder / "holdout.parquet")
+        record = {"trial_id": spec.trial_id, "environment": {"torch": "2", "device": "cpu"}}
+        (folder / "trial.json").write_text(json.dumps(record))
+    return specs, folders
+
+
+def edit(folder, change):
+    path = folder / "out_of_fold.parquet"
+    change(pd.read_parquet(path)).to_parquet(path)
+
+
+def test_complete_study_gives_one_row_per_slice(study, split):
+    table = collect(*study, split)
+    assert tuple(table.columns) == OUT_OF_FOLD_COLUMNS
+    assert len(table) == 2 * (4 * 1 + 4 * 3)
+    assert set(table["study_id"]) == set("abcd")
+    assert (table["threshold_source"] == "cross_fitted").all()
+    assert (table["selection"] == "fixed_epochs").all()
+    assert table["threshold"].notna().all()
+
+
+def test_threshold_comes_from_the_other_fold(study, split):
+    table = collect(*study, split)
+    one = table[(table["num_slices"] == 1) & (table["seed"] == 0)].set_index("study_id")
+    assert one.loc["a", "threshold"] == one.loc["d", "study_probability"]
+    assert one.loc["c", "threshold"] == one.loc["b", "study_probability"]
+
+
+def test_study_score_is_the_rule_over_its_slices(study, split):
+    edit(study[1][4], lambda table: table.assign(probability=np.linspace(0, 1, len(table))))
+    table = collect(*study, split)
+    rows = table[(table["num_slices"] == 3) & (table["seed"] == 0) & (table["study_id"] == "a")]
+    assert (rows["study_probability"] == rows["probability"].max()).all()
+
+
+def test_missing_trial_is_named(study, split):
+    specs, folders = study
+    folders[2].rename(folders[2].with_suffix(".gone"))
+    with pytest.raises(
+        IncompleteStudyError, match=r"1 of 8 trial\(s\) are missing, e.g. k1-fold01-seed0.*run the study again"
+    ):
+        collect(specs, folders, split)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda table: pd.concat([table, table[:1]]), "is predicted twice"),
+        (lambda table: table[1:], "predicts 3 slices, 4 are due"),
+        (lambda table: table.assign(probability=np.nan), "not numbers in"),
+        (lambda table: table.assign(probability=1.5), "not numbers in"),
+        (lambda table: table.assign(study_id="c"), "predicted by fold 0, which trained on it"),
+        (lambda table: table.assign(study_id="h"), "predicted by fold 0, which trained on it or never held it out"),
+    ],
+    ids=["duplicate", "gap", "nan", "range", "trained-on", "hold-out"],
+)
+def test_spoilt_tables_are_refused(study, split, change, match):
+    edit(study[1][0], change)
+    with pytest.raises(IncompleteStudyError, match=match):
+        collect(*study, split)
+
+
+def test_trial_of_another_recipe_is_refused(study, split):
+    specs, folders = study
+    record = json.loads((folders[0] / "trial.json").read_text()) | {"trial_id": "other"}
+    (folders[0] / "trial.json").write_text(json.dumps(record))
+    with pytest.raises(IncompleteStudyError, match="holds trial other"):
+        collect(specs, folders, split)
+
+
+def test_mixed_environments_are_refused_unless_told(study):
+    _, folders = study
+    assert check_environments(folders)["torch"] == "2"
+    record = json.loads((folders[0] / "trial.json").read_text())
+    record["environment"]["torch"] = "3"
+    (folders[0] / "trial.json").write_text(json.dumps(record))
+    with pytest.raises(IncompleteStudyError, match=r"different environments.*torch"):
+        check_environments(folders)
+    assert check_environments(folders, allow_mixed=True)["torch"] == "2 and 3"
+
+
+def test_holdout_table_has_no_label_and_one_row_per_model(study):
+    table = collect_holdout(*study)
+    assert "label" not in table
+    assert set(table["study_id"]) == {"h"}
+    assert not table.duplicated(["num_slices", "fold", "seed", "slice_index", "trial_id", "probability"]).all()
