@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray import tune
 from tqdm import tqdm
 
@@ -131,6 +132,7 @@ def run_study(config: StudyConfig) -> Path:
         with connect(verbose=config.compute.verbose):
             _require_slot(config)
             _run_missing(config, prepared, shared, missing, total=len(specs))
+    torch.set_num_threads(config.recipe.threads)
     folders = [place_of(spec, prepared.paths, config).final for spec in specs]
     data = load_trial_data(shared.crops, shared.split, shared.features)
     result_folder = aggregate(config, prepared, specs, folders, data)

@@ -3,7 +3,8 @@
 The rooms, in the order the data meets them:
 
 - ``index``: walk a messy tree, headers only; one row per file, whatever the file is.
-- ``select``: pure rules from rows to stacks to one sagittal T2 stack per exam, with a reason for every rejection.
+- ``stacks``: rows of one study to stacks: parallel slices that agree in what a volume may not mix.
+- ``select``: pure rules from stacks to one sagittal T2 stack per exam, with a reason for every rejection.
 - ``geometry``: slice order, spacing and affine along the true normal (mm, patient LPS).
 - ``volume``: selected stack to stored pixel values.
 - ``deidentify``: typed allow-list and keyed pseudonyms.

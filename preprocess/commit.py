@@ -92,6 +92,15 @@ def committed_directory(final: Path, *, point: str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def sweep_partials(folder: Path) -> None:
+    """Delete what killed writers left in a folder. Only for the one process that may write there."""
+    for leftover in folder.glob(f"{PARTIAL_PREFIX}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     """Write a whole file so that readers see the old content or the new, never a part.
 

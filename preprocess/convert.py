@@ -12,7 +12,8 @@ from preprocess.store import SeriesRecord, use_one_thread, write_series
 from preprocess.volume import Volume, VolumeError, load_volume
 
 if TYPE_CHECKING:
-    from preprocess.select import Exam, Stack, Verdict
+    from preprocess.select import Exam, Verdict
+    from preprocess.stacks import Stack
 
 CONTRAST = "t2_sagittal"
 """What is selected and stored."""

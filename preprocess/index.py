@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import pydicom
 from pydicom import config as pydicom_config
 from pydicom.tag import Tag
-from pydicom.uid import UID
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -254,7 +254,7 @@ def _read(stream: BinaryIO, file: WalkedFile) -> FileRow:
         return FileRow(file.path, file.size_bytes, "dicomdir")
     if kind == "bare" and "SOPInstanceUID" not in header and "Rows" not in header:
         return FileRow(file.path, file.size_bytes, "not_dicom")
-    deflated = UID(str(meta.get("TransferSyntaxUID", ""))).is_deflated if "TransferSyntaxUID" in meta else False
+    deflated = str(meta.get("TransferSyntaxUID", "")) == DeflatedExplicitVRLittleEndian
     has_pixels = "Rows" in header and (deflated or _at_pixels(stream, header))
     return _row(header, file, has_pixels=has_pixels)
 

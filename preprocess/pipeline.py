@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from preprocess.accounting import CONVERTED, FileOutcome, StackOutcome, Summary, summarise, write_reports
-from preprocess.commit import commit_point, content_id
+from preprocess.commit import commit_point, content_id, sweep_partials
 from preprocess.convert import (
     ConvertTask,
     Identity,
@@ -28,7 +28,7 @@ from preprocess.geometry import GeometryError, stack_geometry
 from preprocess.index import FileRow, WalkedFile, index_files, walk
 from preprocess.midsagittal import choose_for_store, read_template_list
 from preprocess.select import Selection, select
-from preprocess.store import committed_series, create_store, sweep_partials, write_manifest
+from preprocess.store import committed_series, create_store, sweep_store, write_manifest
 from preprocess.uid_index import ExamEntry, exam_entry, write_uid_index
 
 if TYPE_CHECKING:
@@ -113,6 +113,12 @@ class StorePaths:
         """Parent of the mid-sagittal artefacts."""
         return self.store.with_suffix(".midsagittal")
 
+    def sweep(self) -> None:
+        """Delete what killed runs left half-written."""
+        sweep_store(self.store)
+        for folder in (self.private, self.report, self.midsagittal):
+            sweep_partials(folder)
+
 
 @dataclass(frozen=True)
 class ConvertJob:
@@ -161,7 +167,7 @@ def convert_tree(job: ConvertJob, mapper: Mapper = map_here) -> Outcome:
         names = Pseudonymiser(load_key(job.key_file or paths.key, create=job.key_file is None))
         template_uids = read_template_list(job.templates) if job.templates else None
         create_store(paths.store, key_id=names.key_id)
-        sweep_partials(paths.store)
+        paths.sweep()
         files = walk(job.dicom_dir)
         selection = select(_index(job.dicom_dir, files, mapper))
         ledger = _Ledger.of(selection, names)
@@ -202,15 +208,27 @@ def _only_writer(paths: StorePaths) -> Iterator[None]:
 
 
 def _index(root: Path, files: list[WalkedFile], mapper: Mapper) -> list[FileRow]:
+    """Read all headers; a batch that kills its process is read again file by file, so that it costs one file."""
     batches = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
+    rows, lost = _index_batches(root, batches, mapper)
+    if lost:
+        more, lost = _index_batches(root, [[file] for file in lost], mapper)
+        rows += more
+    return rows + [FileRow(file.path, file.size_bytes, "unreadable_header:crash") for file in lost]
+
+
+def _index_batches(
+    root: Path, batches: list[list[WalkedFile]], mapper: Mapper
+) -> tuple[list[FileRow], list[WalkedFile]]:
     names = [f"index-{number:06d}" for number in range(len(batches))]
     rows: list[FileRow] = []
+    lost: list[WalkedFile] = []
     for number, result in mapper(partial(index_files, str(root)), batches, names=names, title="headers"):
         if isinstance(result, TaskFailure):
-            rows += [FileRow(file.path, file.size_bytes, "unreadable_header:crash") for file in batches[number]]
+            lost += batches[number]
         else:
             rows += result
-    return rows
+    return rows, lost
 
 
 @dataclass

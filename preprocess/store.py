@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby
 from pathlib import Path
@@ -37,6 +36,7 @@ from preprocess.commit import (
     commit_point,
     committed_directory,
     content_id,
+    sweep_partials,
     write_atomic,
 )
 
@@ -234,14 +234,10 @@ def content_hash(attributes: dict[str, Any], pixels_SHW: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def sweep_partials(store: Path) -> None:
-    """Delete what killed writers left behind. Only for the one job that holds the store's lock."""
+def sweep_store(store: Path) -> None:
+    """Delete what killed writers left in a store. Only for the one job that holds its lock."""
     for folder in [store, store / "manifest", *_fan_out(store)]:
-        for leftover in folder.glob(f"{PARTIAL_PREFIX}*"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink(missing_ok=True)
+        sweep_partials(folder)
 
 
 def _fan_out(store: Path) -> Iterator[Path]:

@@ -4,14 +4,16 @@ from dicom_factory import AXIAL, SAGITTAL, make_series
 
 from preprocess.geometry import GeometryError, canonical_pixels, canonical_point, stack_geometry
 from preprocess.index import FileRow, index_files, walk
-from preprocess.select import make_stacks
+from preprocess.stacks import make_stacks
 from preprocess.volume import load_volume
 
 
 def rows_at(offsets_mm, *, orientation=SAGITTAL, spacing_mm=(0.5, 0.75), origin=(3.0, -7.0, 11.0)):
     normal = np.cross(orientation[:3], orientation[3:])
     points = [tuple(np.asarray(origin) + offset * normal) for offset in offsets_mm]
-    return [FileRow(str(i), 1, position_mm=p, orientation=orientation, spacing_mm=spacing_mm) for i, p in enumerate(points)]
+    return [
+        FileRow(str(i), 1, position_mm=p, orientation=orientation, spacing_mm=spacing_mm) for i, p in enumerate(points)
+    ]
 
 
 def turned(orientation, degrees, axis):

@@ -3,7 +3,8 @@ import pytest
 from dicom_factory import AXIAL, SAGITTAL, make_dataset, make_series, save
 
 from preprocess.index import FileRow, index_files, walk
-from preprocess.select import choose, make_stacks, select
+from preprocess.select import choose, select
+from preprocess.stacks import make_stacks
 
 T2_ROW = {
     "study_uid": "1.2",

@@ -14,7 +14,7 @@ from pydicom.uid import (
 
 from preprocess.geometry import GeometryError
 from preprocess.index import index_files, walk
-from preprocess.select import make_stacks
+from preprocess.stacks import make_stacks
 from preprocess.volume import VolumeError, load_volume
 
 

@@ -40,7 +40,9 @@ def naive_logits(data, spec, backbone):
     model[0].requires_grad_(False)
     model.eval()
     recipe = spec.recipe
-    optimiser = torch.optim.Adam(model[1].parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimiser = torch.optim.Adam(
+        model[1].parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
     train = select_samples(data, np.flatnonzero(data.folds_N == 1), spec.cell.num_slices)
     held_out = select_samples(data, np.flatnonzero(data.folds_N == 0), spec.cell.num_slices)
     for epoch in range(1, recipe.frozen_epochs + 1):

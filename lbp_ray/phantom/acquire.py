@@ -56,7 +56,7 @@ class Receiver:
         """Noisy k-space of a slice, zero frequency first, complex64: what a faster scan would sample less of."""
         data: NDArray[np.complex64] = fft.fft2(signal * self.sensitivity)
         scale = np.float32(self.noise * np.sqrt(signal.size))
-        kept = int(np.ceil((ACQUIRED[0] + 0.12) * len(signal) / 2))
+        kept = int(np.ceil((ACQUIRED[0] + 0.09) * len(signal) / 2))
         data[kept:-kept] = 0
         for rows in (slice(None, kept), slice(-kept, None)):
             noise = rng.standard_normal((kept, signal.shape[1], 2), np.float32)

@@ -90,24 +90,20 @@ class Surround:
             (self.seeds[:, 2] < u[-1] + 20) & (self.seeds[:, 2] > u[0] - 20) & (np.abs(self.seeds[:, 1]) < v[-1] + 20)
         )
         self.seeds = self.seeds[seen]
-        self.kind = rng.choice(len(_LOOPS), len(self.seeds), p=_SHARE)
-        self.shade = rng.uniform(0.75, 1.3, (len(self.seeds), 1)).astype(np.float32)
+        kind = rng.choice(len(_LOOPS), len(self.seeds), p=_SHARE)
+        self.contents = self.table[kind] * rng.uniform(0.75, 1.3, (len(kind), 1)).astype(np.float32)
+        self.soft = rng.uniform(0.6, 1.5, (len(kind), 2)).astype(np.float32) * np.float32(_SOFT_MM2)
         coarse_u = np.arange(u[0] - COARSE_MM, u[-1] + 2 * COARSE_MM, COARSE_MM)
         coarse_v = np.arange(v[0] - COARSE_MM, v[-1] + 2 * COARSE_MM, COARSE_MM)
         self.to_rows = spread((v - coarse_v[0]) / COARSE_MM, len(coarse_v))
         self.to_cols = spread((u - coarse_u[0]) / COARSE_MM, len(coarse_u))
-        warp = rng.uniform(0, 2 * np.pi, 4)
-        vv, uu = np.meshgrid(coarse_v, coarse_u, indexing="ij")
-        wu = uu + 5 * np.sin(vv / 13 + warp[0]) + 3 * np.sin(uu / 7 + warp[1])
-        wv = vv + 5 * np.sin(uu / 11 + warp[2]) + 3 * np.sin(vv / 6 + warp[3])
-        self.points = np.stack([wv.ravel(), wu.ravel()], -1).astype(np.float32)
-        self.reach = (self.points**2).sum(1) / np.float32(_SOFT_MM2)
-        self.coarse_shape = vv.shape
+        self.along = _bells(coarse_v, self.seeds[:, 1], self.soft[:, 0])
+        self.across = _bells(coarse_u, self.seeds[:, 2], self.soft[:, 1])
 
     def slice(self, x_mm: float) -> list[Field]:
         """Signal around the spine at lateral position `x_mm`, one (rows, columns) image per contrast."""
         purity, contents = self._loops(x_mm)
-        in_loop, in_lumen = _step(purity, 0.46, 0.05), _step(purity, 0.66, 0.05)
+        in_loop, in_lumen = _step(purity, 0.42, 0.08), _step(purity, 0.62, 0.08)
         images = []
         for contrast, content in enumerate(contents):
             image = np.empty(self.front.shape, np.float32)
@@ -121,18 +117,20 @@ class Surround:
         return images
 
     def _loops(self, x_mm: float) -> tuple[Field, list[Field]]:
-        near = np.abs(self.seeds[:, 0] - x_mm) < 24
-        seeds = self.seeds[near]
-        along, across = (seeds[:, 1:] * np.float32(2 / _SOFT_MM2)).T
-        weight = self.points[:, :1] * along + self.points[:, 1:] * across
-        weight -= ((seeds[:, 1:] ** 2).sum(1) + (seeds[:, 0] - np.float32(x_mm)) ** 2) / np.float32(_SOFT_MM2)
-        weight -= self.reach[:, None]
-        np.exp(np.maximum(weight, -80, out=weight), out=weight)  # -80: above the denormal numbers, which are slow
-        total = weight.sum(1)
-        purity = weight.max(1) / total
-        content = weight @ (self.table[self.kind[near]] * self.shade[near]) / total[:, None]
-        fine = [enlarge(self.to_rows, part.reshape(self.coarse_shape), self.to_cols) for part in (purity, *content.T)]
+        near = np.abs(self.seeds[:, 0] - x_mm) < 30
+        here = _bells(np.array([x_mm]), self.seeds[near, 0], self.soft[near, 0])[0]
+        along, across = self.along[:, near] * here, self.across[:, near].T
+        total = along @ across + np.float32(1e-30)
+        purity = (along**2 @ across**2) / total**2
+        contents = [(along * content) @ across / total for content in self.contents[near].T]
+        fine = [enlarge(self.to_rows, part, self.to_cols) for part in (purity, *contents)]
         return fine[0], fine[1:]
+
+
+def _bells(axis: NDArray[np.float64], centres: Field, soft: Field) -> Field:
+    """Weights of every seed along one axis, (positions, seeds); products of three make a loop."""
+    exponent = -((axis[:, None].astype(np.float32) - centres) ** 2) / soft
+    return np.asarray(np.exp(np.maximum(exponent, np.float32(-25))))
 
 
 def _step(field: Field, at: float, width: float) -> Field:

@@ -1,0 +1,113 @@
+import os
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_factory import AXIAL, make_series
+
+from preprocess.exam import ExamError, convert_exam
+from preprocess.pipeline import ConvertJob, PreprocessError, TaskFailure, convert_tree
+from preprocess.store import SliceStore
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    from preprocess.job import connect
+
+    with connect(2, verbose=False):
+        yield
+
+
+@pytest.mark.ray
+def test_ray_and_one_process_give_the_same_bytes(tmp_path, cluster):
+    from preprocess.job import map_on_ray
+
+    for patient in ("P1", "P2", "P3"):
+        make_series(tmp_path / "dicom" / patient, patient=patient)
+    key = tmp_path / "key"
+    key.write_text("ab" * 32)
+    key.chmod(0o600)
+    for name, options in (("here", {}), ("ray", {"mapper": map_on_ray})):
+        (tmp_path / name).mkdir()
+        convert_tree(ConvertJob(tmp_path / "dicom", tmp_path / name / "x.zarr", key_file=key), **options)
+    here, there = (
+        {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()}
+        for name in ("here", "ray")
+    )
+    assert here == there
+
+
+@pytest.mark.ray
+def test_a_dead_worker_costs_one_item_and_an_error_is_raised(cluster):
+    from preprocess.job import map_on_ray
+
+    # Local functions travel by value: workers cannot import test modules.
+    def die_on_two(item):
+        if item == 2:
+            os._exit(1)
+        return item * 10
+
+    def refuse(item):
+        msg = f"item {item} refused"
+        raise ValueError(msg)
+
+    results = dict(map_on_ray(die_on_two, [1, 2, 3], names=["a", "b", "c"], title="items"))
+    assert (results[0], results[2]) == (10, 30)
+    assert isinstance(results[1], TaskFailure)
+    with pytest.raises(ValueError, match="item 1 refused"):
+        list(map_on_ray(refuse, [1], names=["a"], title="items"))
+
+
+def test_relative_paths_are_refused_inside_a_ray_job(monkeypatch):
+    from preprocess.job import require_absolute
+
+    require_absolute([Path("relative")])
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    require_absolute([Path("/absolute")])
+    with pytest.raises(PreprocessError, match="absolute"):
+        require_absolute([Path("/absolute"), Path("relative")])
+
+
+def crash_on(bad, function, items, *, names, title):
+    """A mapper whose tasks die when they hold one certain file."""
+    for index, item in enumerate(items):
+        paths = [file.path for file in item] if isinstance(item, list) else []
+        yield index, TaskFailure() if bad in paths else function(item)
+
+
+def test_a_header_that_kills_its_process_costs_one_file(tmp_path):
+    make_series(tmp_path / "dicom")
+    make_series(tmp_path / "dicom", series="other", orientation=AXIAL)
+    job = ConvertJob(tmp_path / "dicom", tmp_path / "x.zarr")
+    summary = convert_tree(job, partial(crash_on, "other-003.dcm")).summary
+    assert summary.codes == {"converted": 5, "localizer": 4, "unreadable_header": 1}
+
+
+def test_one_exam_is_converted_by_the_same_path(tmp_path):
+    make_series(tmp_path / "dicom" / "t2")
+    make_series(tmp_path / "dicom" / "t1", series="t1", EchoTime=10.0, RepetitionTime=500.0)
+    exam = convert_exam(tmp_path / "dicom")
+    convert_tree(ConvertJob(tmp_path / "dicom", tmp_path / "x.zarr"))
+    store = SliceStore.open(tmp_path / "x.zarr")
+    np.testing.assert_array_equal(exam.pixels_SHW, store.read(store.manifest["series_id"][0]))
+    assert exam.spacing_mm == (1.0, 1.0)
+    assert sorted(set(exam.codes.values())) == ["converted", "t1_weighted"]
+
+
+@pytest.mark.parametrize(
+    ("series", "message"),
+    [
+        ([], "0 exams.*no file"),
+        ([{"orientation": AXIAL, "shape": (6, 8, 8)}], "not_sagittal"),
+        ([{"patient": "P1"}, {"patient": "P2"}], "2 exams"),
+        ([{"PixelData": b"12"}], "truncated"),
+    ],
+    ids=["empty", "axial", "two-exams", "truncated"],
+)
+def test_folders_without_one_exam_are_refused(tmp_path, series, message):
+    (tmp_path / "dicom").mkdir()
+    for number, options in enumerate(series):
+        make_series(tmp_path / "dicom" / str(number), **options)
+    with pytest.raises(ExamError, match=message):
+        convert_exam(tmp_path / "dicom")
