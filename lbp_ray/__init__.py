@@ -9,6 +9,7 @@ The rooms, in the order the data meets them:
 - ``cohort``: questionnaire to groups and labels.
 - ``splits``: sealed hold-out and stratified group folds; saved, hashed, refused if leaky.
 - ``annotations``: CVAT rectangles per annotated slice.
+- ``contact_sheet``: a picture of what was cropped.
 - ``roi``: rectangles to centroid to fixed crops, written as a crops artefact.
 - ``prepare``: everything that all trials of a study share, validated before any training.
 - ``nets``: plain modules and where their weights come from.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -62,9 +63,7 @@ def read_annotations(path: Path) -> list[AnnotatedSlice]:
     AnnotationError
         If the file is absent, not CVAT XML or not linked.
     """
-    if not path.is_file():
-        msg = f"annotation file not found: {path}; `python -m preprocess link` writes it"
-        raise AnnotationError(msg)
+    annotations_sha256(path)  # an absent file is refused in one place
     try:
         root = ET.parse(path).getroot()
     except ET.ParseError as error:
@@ -74,6 +73,20 @@ def read_annotations(path: Path) -> list[AnnotatedSlice]:
         msg = f"{path}: the root must be <annotations>, found <{root.tag}>; export 'CVAT for images 1.1'"
         raise AnnotationError(msg)
     return [_slice(image, path) for image in root.iter("image")]
+
+
+def annotations_sha256(path: Path) -> str:
+    """Return the SHA-256 of an annotation file.
+
+    Raises
+    ------
+    AnnotationError
+        If the file is absent.
+    """
+    if not path.is_file():
+        msg = f"annotation file not found: {path}; `python -m preprocess link` writes it"
+        raise AnnotationError(msg)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _slice(image: ET.Element, path: Path) -> AnnotatedSlice:

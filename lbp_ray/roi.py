@@ -14,7 +14,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from lbp_ray.annotations import AnnotatedSlice, AnnotationError, mask_centroid, read_annotations, union_mask
+from lbp_ray.annotations import (
+    AnnotatedSlice,
+    AnnotationError,
+    annotations_sha256,
+    mask_centroid,
+    read_annotations,
+    union_mask,
+)
 from lbp_ray.contact_sheet import chosen_rows, contact_sheet, tile
 from preprocess.commit import committed_directory, content_id
 from preprocess.midsagittal import load_midsagittal
@@ -154,8 +161,8 @@ class CropRequest:
             {
                 "version": CROPS_VERSION,
                 "store": store.content_hash,
-                "midsagittal": _file_sha256(midsagittal / "midsagittal.parquet"),
-                "annotations": _file_sha256(annotations),
+                "midsagittal": hashlib.sha256((midsagittal / "midsagittal.parquet").read_bytes()).hexdigest(),
+                "annotations": annotations_sha256(annotations),
                 "box": [self.height_px, self.width_px],
                 "offsets_mm": list(self.offsets_mm),
                 "tolerance_mm": self.tolerance_mm,
@@ -295,7 +302,3 @@ def _commit(
         pd.DataFrame(excluded, columns=columns, dtype=str).to_parquet(partial / "excluded.parquet", index=False)
         (partial / "contact_sheet.png").write_bytes(sheet)
         (partial / "crops.json").write_text(json.dumps({"crops_hash": digest.hexdigest()}))
-
-
-def _file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

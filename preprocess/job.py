@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 from tqdm import tqdm
 
 from preprocess.pipeline import PreprocessError, TaskFailure
@@ -114,7 +114,7 @@ def _call(function: Callable[[Item], Result], item: Item) -> Result:
 def _result(reference: Any) -> Any:  # noqa: ANN401  (whatever the function returns)
     try:
         return ray.get(reference)
-    except WorkerCrashedError:
+    except (WorkerCrashedError, OutOfMemoryError):
         return TaskFailure()
     except RayTaskError as error:
         raise error.cause from None

@@ -130,6 +130,7 @@ class _Book:
 
     by_accession: dict[str, list[ExamEntry]]
     by_patient: dict[str, list[ExamEntry]]
+    by_series: dict[str, ExamEntry]
     slices: dict[str, tuple[str, int]]
     study_of: dict[str, str]
     flips: dict[str, tuple[tuple[int, int], tuple[bool, bool, bool]]]
@@ -152,7 +153,8 @@ class _Book:
             for row in rows
         }
         study_of = {str(row["series_id"]): str(row["study_id"]) for row in rows}
-        return cls(by_accession, by_patient, index.slices, study_of, flips)
+        by_series = {exam.series_id: exam for exam in index.exams if exam.series_id}
+        return cls(by_accession, by_patient, by_series, index.slices, study_of, flips)
 
     def exam(self, row: dict[str, str]) -> ExamEntry | str:
         """Find the exam of a row, or the reason why there is none."""
@@ -174,8 +176,8 @@ class _Book:
         place = self.slices.get((row.get("SOPInstanceUID") or "").strip())
         if place is None:
             return "slice_unmatched" if row.get("SOPInstanceUID") else "no_key"
-        exams = (exam for exams in self.by_patient.values() for exam in exams)
-        return next((exam for exam in exams if exam.series_id == place[0]), "slice_unmatched")
+        exam = self.by_series.get(place[0])
+        return exam if exam is not None and exam.series_id in self.study_of else "slice_unmatched"
 
 
 def link_table(

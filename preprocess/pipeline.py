@@ -169,8 +169,9 @@ def convert_tree(job: ConvertJob, mapper: Mapper = map_here) -> Outcome:
         create_store(paths.store, key_id=names.key_id)
         paths.sweep()
         files = walk(job.dicom_dir)
-        selection = select(_index(job.dicom_dir, files, mapper))
-        ledger = _Ledger.of(selection, names)
+        rows = _index(job.dicom_dir, files, mapper)
+        ledger = _Ledger.of(select(rows), {row.path: row.sop_uid for row in rows}, names)
+        del rows
         ledger.codes |= _convert(job, ledger, mapper)
         write_manifest(paths.store)
         stored = {row["series_id"]: row["content_hash"] for row in committed_series(paths.store)}
@@ -236,11 +237,13 @@ class _Ledger:
     """The selection under pseudonyms, and the code of every file as it becomes known."""
 
     selection: Selection
+    uids: dict[str, str]
+    """Path → object id, empty where the header gave none."""
     identities: dict[tuple[str, str, str], Identity]
     codes: dict[str, str]
 
     @classmethod
-    def of(cls, selection: Selection, names: Pseudonymiser) -> _Ledger:
+    def of(cls, selection: Selection, uids: dict[str, str], names: Pseudonymiser) -> _Ledger:
         identities = {
             _stack_name(verdict): Identity.of(names, exam, verdict.stack)
             for exam in selection.exams
@@ -251,7 +254,7 @@ class _Ledger:
             for verdict in exam.verdicts:
                 if verdict.code:
                     codes |= faulty_codes(verdict.stack, verdict.code)
-        return cls(selection, identities, codes)
+        return cls(selection, uids, identities, codes)
 
     def identity(self, verdict: Verdict) -> Identity:
         return self.identities[_stack_name(verdict)]
@@ -334,7 +337,7 @@ def _report(paths: StorePaths, files: list[WalkedFile], ledger: _Ledger, stored:
                 code, ids = ledger.codes[row.path], (identity.study_id, identity.series_id)
                 outcomes.append(FileOutcome(row.path, code, sizes[row.path], row.sop_uid, *ids))
     for path, code in ledger.selection.settled.items():
-        outcomes.append(FileOutcome(path, code, sizes[path], "", "", ""))
+        outcomes.append(FileOutcome(path, code, sizes[path], ledger.uids[path], "", ""))
     commit_point("reports:start")
     summary = summarise(
         outcomes, files_walked=len(files), series_stored=len(stored), store_hash=content_id(sorted(stored.items()))
@@ -352,7 +355,7 @@ def _stack_outcome(verdict: Verdict, identity: Identity, codes: dict[str, str]) 
         series_id=identity.series_id,
         # The cause, not its consequence for the other slices.
         code=min(found - {"series_incomplete", "duplicate"} or found),
-        confidence=verdict.confidence,
+        confidence="" if verdict.code else verdict.confidence,
         evidence=";".join(verdict.evidence),
         num_files=len(stack.rows) + len(stack.duplicates),
         rows=int(row.rows or 0),

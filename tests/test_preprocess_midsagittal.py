@@ -18,20 +18,23 @@ from preprocess.store import SliceStore
 
 
 def spine(seed, *, middle, shape=(11, 96, 96), shift=(0, 0), scale=1.0, tilt_deg=0.0, noise=30.0):
-    """A toy volume: a chain of blocks and a canal that fade away from the mid plane, in soft tissue that does not."""
+    """A toy volume: vertebrae everywhere, canal and spinous processes near the mid plane, foramina away from it."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[: shape[1], : shape[2]].astype(float)
     angle = np.radians(tilt_deg)
     v, u = (y - shape[1] / 2 - shift[0]) / scale, (x - shape[2] / 2 - shift[1]) / scale
     v, u = v * np.cos(angle) + u * np.sin(angle), u * np.cos(angle) - v * np.sin(angle)
-    chain = ((np.abs(u) < 9) & (np.abs((v + 6) % 18 - 9) < 7) & (np.abs(v) < 40)).astype(float)
-    canal = (np.abs(u - 16) < 5).astype(float)
+    level = np.abs((v + 6) % 18 - 9)
+    chain = ((np.abs(u) < 9) & (level < 7) & (np.abs(v) < 40)).astype(float)
     tissue = 300 * np.exp(-((v / 60) ** 2) - ((u / 30) ** 2))
     slices = []
     for index in range(shape[0]):
-        near = np.exp(-(((index - middle) / 2.0) ** 2))
-        image = tissue + 600 * chain * near + 500 * canal * near
-        slices.append(ndimage.gaussian_filter(image, 2.0) + rng.normal(0, noise, image.shape))
+        off = abs(index - middle)
+        canal = (np.abs(u - 16) < 6 - 2 * off) & (np.abs(v) < 42)
+        processes = (np.abs(u - 29) < 8 - 4 * off) & (level < 5) & (np.abs(v) < 36)
+        foramina = (np.hypot(u - 15, level - 9) < 2 + 1.5 * off) & (np.abs(v) < 40) & (off > 0)
+        image = tissue + 500 * chain + 700 * canal + 500 * processes + 600 * foramina
+        slices.append(ndimage.gaussian_filter(image, 1.0) + rng.normal(0, noise, image.shape))
     return np.clip(slices, 0, 4000).astype(np.uint16)
 
 
