@@ -33,7 +33,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m lbp_ray.tune --config configs/demo.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not slurm and not multihost and not browser and not gpu'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not slurm and not multihost and not browser and not gpu'
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m 'slow or slurm or multihost or browser or gpu'

@@ -82,7 +82,7 @@ def prepare(config: StudyConfig) -> Prepared:
     paths = RunPaths(config.paths.runs, config.name)
     weights = load_backbone_weights(config.recipe.weights, seed=config.recipe.weights_seed)
     store = SliceStore.open(config.paths.store)
-    midsagittal = config.paths.midsagittal or find_midsagittal_artefact(config.paths.store)
+    midsagittal = config.paths.midsagittal or find_midsagittal_artefact(config.paths.store, store.content_hash)
     crops = _crops(config, paths, store, midsagittal)
     exams = _exams(config.paths.questionnaire, store)
     task = exams[exams["label"].notna()]
@@ -118,8 +118,8 @@ def _crops(config: StudyConfig, paths: RunPaths, store: SliceStore, midsagittal:
     )
 
 
-def find_midsagittal_artefact(store: Path) -> Path:
-    """Return the only mid-sagittal artefact beside a store.
+def find_midsagittal_artefact(store: Path, store_hash: str) -> Path:
+    """Return the only mid-sagittal artefact beside a store that was made from it as it stands.
 
     Raises
     ------
@@ -127,11 +127,12 @@ def find_midsagittal_artefact(store: Path) -> Path:
         If there is none or a choice of several.
     """
     parent = store.with_suffix(".midsagittal")
-    found = sorted(folder for folder in parent.glob("*") if (folder / "midsagittal.parquet").is_file())
+    metas = {path.parent: json.loads(path.read_text()) for path in sorted(parent.glob("[!.]*/meta.json"))}
+    found = [folder for folder, meta in metas.items() if meta["store"] == store_hash]
     if len(found) == 1:
         return found[0]
     msg = (
-        f"{len(found)} mid-sagittal artefacts under {parent}, exactly one is required; "
+        f"{len(found)} mid-sagittal artefacts of this store under {parent}, exactly one is required; "
         "run `python -m preprocess` with --templates, or name one as paths.midsagittal"
     )
     raise RunError(msg)

@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     link.add_argument("--csv", type=Path, action="append", default=[])
     link.add_argument("--cvat", type=Path, action="append", default=[])
     link.add_argument("--keep-text", action="append", default=[], metavar="COLUMN", help="let a text column pass")
-    link.add_argument("--strict", action="store_true", help="exit 1 if any row stays unlinked")
+    link.add_argument("--allow-unlinked", action="store_true", help="write what links, though some rows do not")
     link.set_defaults(run=_link)
     for name, run in (("verify", _verify), ("inspect", _inspect)):
         command = commands.add_parser(name)
@@ -95,10 +95,11 @@ def _run(job: ConvertJob, num_cpus: int | None) -> Outcome:
 def _link(options: argparse.Namespace) -> int:
     from preprocess.link import LinkJob, link_files
 
-    job = LinkJob(options.store, options.out, tuple(options.csv), tuple(options.cvat), frozenset(options.keep_text))
-    report = link_files(job)
+    keep_text = frozenset(options.keep_text)
+    files = (tuple(options.csv), tuple(options.cvat))
+    report = link_files(LinkJob(options.store, options.out, *files, keep_text, options.allow_unlinked))
     print(report.to_text())
-    return 1 if options.strict and report.num_unlinked else 0
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:

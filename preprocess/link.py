@@ -64,6 +64,8 @@ class LinkJob:
     annotations: tuple[Path, ...] = ()
     keep_text: frozenset[str] = frozenset()
     """Text columns that may pass, by the user's word."""
+    allow_unlinked: bool = False
+    """Write the linked rows even when others match no exam or are ambiguous."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,13 @@ class LinkReport:
 
 
 def link_files(job: LinkJob) -> LinkReport:
-    """Translate every file and write the linked ones and ``link_report.csv``.
+    """Translate every file and write ``link_report.csv`` and the linked files.
 
     Raises
     ------
     ValueError
-        If the store is incomplete, its private index is missing, or a file has no key column or is no CVAT XML.
+        If the store is incomplete, its private index is missing, a file has no key column or is no CVAT XML, or a row
+        stays unlinked and ``allow_unlinked`` is not set: then only ``link_report.csv`` is written.
     """
     names = [path.name for path in (*job.tables, *job.annotations)]
     if len(set(names)) < len(names):
@@ -107,21 +110,28 @@ def link_files(job: LinkJob) -> LinkReport:
             msg = f"--out {job.out} is the folder of {path.name}, which would be overwritten; choose another folder"
             raise LinkError(msg)
     book = _Book.of(SliceStore.open(job.store), UidIndex.load(StorePaths(job.store).private))
+    linked: dict[str, bytes] = {}
     rows: list[tuple[str, int, str]] = []
     dropped: dict[str, list[str]] = {}
     for path in job.tables:
-        content, reasons, withheld = link_table(path, book, keep_text=job.keep_text)
-        write_atomic(job.out / path.name, content)
-        commit_point("link:file")
+        linked[path.name], reasons, withheld = link_table(path, book, keep_text=job.keep_text)
         rows += [(path.name, line, reason) for line, reason in reasons]
         dropped |= {path.name: withheld} if withheld else {}
     for path in job.annotations:
-        content, reasons = link_annotations(path, book)
-        write_atomic(job.out / path.name, content)
-        commit_point("link:file")
+        linked[path.name], reasons = link_annotations(path, book)
         rows += [(path.name, number, reason) for number, reason in reasons]
+    report = LinkReport(tuple(rows), dropped)
     write_atomic(job.out / "link_report.csv", to_csv(["file", "line", "reason"], ([*row] for row in rows)))
-    return LinkReport(tuple(rows), dropped)
+    if report.num_unlinked and not job.allow_unlinked:
+        msg = (
+            f"{report.num_unlinked} row(s) cannot be linked and nothing was written but {job.out / 'link_report.csv'}, "
+            f"which names file, line and reason; mend them, or let them go with --allow-unlinked\n{report.to_text()}"
+        )
+        raise LinkError(msg)
+    for name, content in linked.items():
+        write_atomic(job.out / name, content)
+        commit_point("link:file")
+    return report
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def store(tmp_path_factory):
 def link(store, tmp_path, text, **options):
     path = tmp_path / "labels.csv"
     path.write_text(text)
-    report = link_files(LinkJob(store, tmp_path / "out", (path,), **options))
+    report = link_files(LinkJob(store, tmp_path / "out", (path,), allow_unlinked=True, **options))
     rows = list(csv.DictReader(io.StringIO((tmp_path / "out" / "labels.csv").read_text())))
     return rows, [reason for _, _, reason in report.rows], report
 
@@ -138,24 +138,28 @@ def test_images_that_cannot_be_linked_say_why(store, tmp_path):
     known = uid("P1", "s1", "P1s1", 1)
     path = tmp_path / "boxes.xml"
     path.write_text(annotations((f"{known}.png", (10, 12)), (f"{known}.png", (10, 12)), ("1.2.png", (10, 12))))
-    report = link_files(LinkJob(store, tmp_path / "out", annotations=(path,)))
+    report = link_files(LinkJob(store, tmp_path / "out", annotations=(path,), allow_unlinked=True))
     assert [reason for _, _, reason in report.rows] == ["linked", "duplicate", "slice_unmatched"]
     path.write_text(annotations((f"{known}.png", (12, 10))))
-    assert link_files(LinkJob(store, tmp_path / "out", annotations=(path,))).rows[0][2] == "bad_size"
+    with pytest.raises(LinkError, match="1 bad_size"):
+        link_files(LinkJob(store, tmp_path / "out", annotations=(path,)))
 
 
-def test_command_prints_counts_and_strict_fails(store, tmp_path, capsys):
+def test_unlinked_row_is_refused_unless_allowed(store, tmp_path, capsys):
     path = tmp_path / "labels.csv"
     path.write_text("PatientID,pain\nP1,1\nSECRET,2\n")
     words = ["link", str(store), "--out", str(tmp_path / "out"), "--csv", str(path)]
-    assert main(words) == 0
-    printed = capsys.readouterr().out
+    assert main(words) == 2
+    printed = capsys.readouterr().err
+    assert "1 row(s) cannot be linked and nothing was written" in printed
+    assert not (tmp_path / "out" / "labels.csv").exists()
     assert "1 linked" in printed
     assert "1 unmatched" in printed
     assert "SECRET" not in printed
     assert "SECRET" not in (tmp_path / "out" / "link_report.csv").read_text()
     assert (tmp_path / "out" / "link_report.csv").read_text().splitlines()[2] == "labels.csv,3,unmatched"
-    assert main([*words, "--strict"]) == 1
+    assert main([*words, "--allow-unlinked"]) == 0
+    assert (tmp_path / "out" / "labels.csv").read_text().count("\n") == 2
 
 
 @pytest.mark.parametrize(
