@@ -174,7 +174,9 @@ def test_prediction_of_one_exam(root, output, tmp_path):
 
 
 def test_prediction_of_another_protocol_is_refused(root, output, tmp_path):
-    expect(root, "lbp_ray.phantom", "--config", "configs/phantom_tiny.yaml", "image.matrix=160", f"out={tmp_path / 'p'}")
+    expect(
+        root, "lbp_ray.phantom", "--config", "configs/phantom_tiny.yaml", "image.matrix=160", f"out={tmp_path / 'p'}"
+    )
     exam = sorted(path for path in (tmp_path / "p" / "dicom").glob("*/*") if path.is_dir())[0]
     arguments = [str(exam), "--result", str(result_folder(root)), "--out", str(tmp_path)]
     status, message = run(root, "lbp_ray.predict", *arguments)
