@@ -46,7 +46,9 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
 
 head: $(VENV)/.installed
-	$(BIN)/ray start --head --block --disable-usage-stats --dashboard-host=127.0.0.1 --temp-dir=$$(mktemp -d /tmp/ray-XXXX)
+	@umask 077; $(BIN)/ray get-auth-token --generate >/dev/null; chmod -f 600 ~/.ray/auth_token || true
+	PATH=$(abspath $(BIN)):$$PATH RAY_AUTH_MODE=token exec ray start --head --block --disable-usage-stats \
+	  --dashboard-host=127.0.0.1 --temp-dir=$$(mktemp -d /tmp/ray-XXXX) $(HEAD_OPTIONS)
 
 clean-demo:
 	rm -rf $(LBP_RAY_ROOT)

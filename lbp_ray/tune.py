@@ -129,7 +129,7 @@ def run_study(config: StudyConfig) -> Path:
     missing = [spec for spec in specs if not place_of(spec, prepared.paths, config).final.is_dir()]
     shared = _shared(config, prepared)
     if missing or (shared.features is not None and not shared.features.is_dir()):
-        with connect(verbose=config.compute.verbose):
+        with connect():
             _require_slot(config)
             _run_missing(config, prepared, shared, missing, total=len(specs))
     torch.set_num_threads(config.recipe.threads)

@@ -88,7 +88,7 @@ def _run(job: ConvertJob, num_cpus: int | None) -> Outcome:
     absolute = [path.absolute() if path is not None else None for path in given]
     assert absolute[0] is not None
     assert absolute[1] is not None
-    with connect(num_cpus, verbose=False):
+    with connect(num_cpus):
         return convert_tree(ConvertJob(absolute[0], absolute[1], absolute[2], absolute[3]), map_on_ray)
 
 

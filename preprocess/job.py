@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import tempfile
 from collections import deque
 from contextlib import contextmanager
@@ -33,24 +34,25 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def connect(num_cpus: int | None = None, *, verbose: bool = True) -> Iterator[None]:
+def connect(num_cpus: int | None = None) -> Iterator[None]:
     """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine for the duration.
 
     Parameters
     ----------
     num_cpus
         CPUs of the started cluster; None takes all. Ignored when joining one.
-    verbose
-        Whether Ray's own start-up messages are shown.
     """
     if ray.is_initialized():
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING if verbose else logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if "RAY_ADDRESS" not in os.environ:
+        # Without a token of its own, Ray leaves one in the home folder that every user of the machine can read.
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # Fewer idle processes: nothing here needs the dashboard of a cluster that lives for one command.
-        options |= {"num_cpus": num_cpus, "include_dashboard": False, "_temp_dir": _short_temporary_folder()}
+        options |= {"address": "local", "include_dashboard": False}
+        options |= {"num_cpus": num_cpus, "_temp_dir": _short_temporary_folder()}
     ray.init(**options)
     try:
         yield

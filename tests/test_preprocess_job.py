@@ -15,7 +15,7 @@ from preprocess.store import SliceStore
 def cluster():
     from preprocess.job import connect
 
-    with connect(2, verbose=False):
+    with connect(2):
         yield
 
 

@@ -1,0 +1,159 @@
+"""The documentation against the code: commands, configuration keys, columns, dependencies and links."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic_core import PydanticUndefined
+
+from lbp_ray import study
+from lbp_ray.config import ConfigError, FrozenModel, load_config
+from lbp_ray.out_of_fold import OUT_OF_FOLD_COLUMNS
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+SECTIONS = {
+    "": study.StudyConfig,
+    **{
+        name: field.annotation
+        for name, field in study.StudyConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, FrozenModel)
+    },
+}
+
+
+def blocks(text):
+    return re.findall(r"^```bash\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text):
+    """Split bash blocks into command lines; heredocs and comments are left out."""
+    for block in blocks(text):
+        plain = re.sub(r"<< '(\w+)'.*?^\1$", "", block.replace("\\\n", " "), flags=re.MULTILINE | re.DOTALL)
+        yield from (line.strip() for line in plain.splitlines() if line.strip() and not line.startswith("#"))
+
+
+def words_after(line, start):
+    """Return the words that follow `start`, up to the end of the simple command."""
+    rest = line.split(start, 1)[1]
+    return shlex.split(re.split(r" &|\|\|| #", rest)[0])
+
+
+COMMANDS = [(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in commands(page.read_text())]
+PYTHON = [pytest.param(line, id=f"{page}:{line[:60]}") for page, line in COMMANDS if "python -m " in line]
+MAKE = sorted({line for _, line in COMMANDS if line.startswith("make ")})
+
+
+def module_source(name):
+    path = ROOT / Path(*name.split("."))
+    return (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+
+
+def text_constants(source):
+    return {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
+
+
+def test_commands_were_found():
+    modules = {words_after(line, "python -m ")[0] for line in (param.values[0] for param in PYTHON)}
+    assert modules == {"lbp_ray.phantom", "lbp_ray.predict", "lbp_ray.report", "lbp_ray.tune", "preprocess"}
+    assert {"make demo", "make test", "make head"} <= set(MAKE)
+
+
+@pytest.mark.parametrize("line", PYTHON)
+def test_module_and_its_options_exist(line):
+    module, *arguments = words_after(line, "python -m ")
+    known = text_constants(module_source(module))
+    assert {word for word in arguments if word.startswith("--")} <= known
+    if module == "preprocess" and re.fullmatch("[a-z]+", arguments[0]):
+        assert arguments[0] in known
+
+
+@pytest.mark.parametrize("line", [param for param in PYTHON if "--config configs/" in param.values[0]])
+def test_configuration_and_overrides_load(line, monkeypatch):
+    from lbp_ray.phantom.config import PhantomConfig
+
+    monkeypatch.setenv("LBP_RAY_ROOT", "/data")
+    module, *arguments = words_after(line, "python -m ")
+    model = PhantomConfig if module == "lbp_ray.phantom" else study.StudyConfig
+    overrides = [word for word in arguments if re.match(r"[a-z_.]+=", word)]
+    assert load_config(model, ROOT / arguments[arguments.index("--config") + 1], overrides)
+
+
+def test_a_wrong_override_would_be_seen(monkeypatch):
+    monkeypatch.setenv("LBP_RAY_ROOT", "/data")
+    with pytest.raises(ConfigError, match="unknown key"):
+        load_config(study.StudyConfig, ROOT / "configs/demo.yaml", ["compute.gpu_per_trial=1"])
+
+
+@pytest.mark.parametrize("line", MAKE)
+def test_make_target_exists(line):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert {word for word in line.split()[1:] if "=" not in word} <= targets
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_shell_blocks_parse(page):
+    for block in blocks(page.read_text()):
+        checked = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
+        assert checked.returncode == 0, checked.stderr
+
+
+def documented_keys():
+    text = (ROOT / "docs/reference-config.md").read_text()
+    return {key: default for key, default in re.findall(r"^\| `([a-z_.]+)` \| .*? \| (.*?) \| ", text, re.MULTILINE)}
+
+
+def real_keys():
+    for section, model in SECTIONS.items():
+        for name, field in model.model_fields.items():
+            if section or name not in SECTIONS:
+                default = field.default if isinstance(field.default, str) else json.dumps(field.default, default=str)
+                shown = "required" if field.default is PydanticUndefined else f"`{default}`"
+                yield (f"{section}.{name}" if section else name), shown
+
+
+def test_every_key_is_documented_with_its_default():
+    assert documented_keys() == dict(real_keys())
+
+
+def test_out_of_fold_columns_are_documented_in_order():
+    text = (ROOT / "docs/reference-files.md").read_text().split("## The out-of-fold table")[1].split("\n## ")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)) == OUT_OF_FOLD_COLUMNS
+
+
+def test_every_dependency_is_explained():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(item for extra in project["optional-dependencies"].values() for item in extra)]
+    names = {re.match(r"[A-Za-z0-9-]+", item)[0] for item in wanted}
+    tables = (ROOT / "docs/dependencies.md").read_text().split("## Left aside")[0]
+    assert names == set(re.findall(r"`([a-z0-9-]+)`", "".join(re.findall(r"^\|.*\|$", tables, re.MULTILINE)))) - {
+        *project["optional-dependencies"],
+        "default",
+        "train",
+        "google-crc32c",
+    } - {"tune"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
+    assert not missing
+
+
+def test_every_page_is_on_the_map():
+    linked = set(re.findall(r"\]\(([^)/\s]+\.md)\)", (ROOT / "docs/index.md").read_text()))
+    assert linked == {page.name for page in PAGES if page.parent.name == "docs"} - {"index.md"}
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
