@@ -1,4 +1,6 @@
-"""What a trial is: its cell, its full specification and address, and the data that all trials share.
+"""What a trial is: its cell, its full specification and address, its place, and the data that all trials share.
+
+No torch at run time: the process that waits for a trial imports this and stays light.
 
 Shape suffixes: N studies, K slice offsets, H rows, W columns, F features.
 """
@@ -13,6 +15,8 @@ from lbp_ray.study import NUMERICS_VERSION, Recipe
 from preprocess.commit import content_id
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from torch import Tensor
 
@@ -51,6 +55,32 @@ class TrialSpec(FrozenModel):
         for key in ("weights", "weights_seed"):
             del identity["recipe"][key]
         return content_id(identity)
+
+
+@dataclass(frozen=True)
+class TrialPlace:
+    """Where a trial leaves what it made."""
+
+    final: Path
+    """Folder that appears, complete, when the trial is done."""
+    checkpoint: Path
+    """In-progress state."""
+    keep_model: bool = False
+    """Whether the trained network stays (94 MB)."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a worker needs to load once: paths and hashes, no arrays."""
+
+    crops: Path
+    split: Path
+    features: Path | None
+    """None when the recipe recomputes features."""
+    weights: str
+    weights_seed: int
+    weights_hash: str
+    device: str
 
 
 @dataclass(frozen=True)

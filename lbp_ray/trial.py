@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,20 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from lbp_ray.cell import TrialData, TrialSpec
+    from lbp_ray.cell import TrialData, TrialPlace, TrialSpec
     from lbp_ray.training import Resident, Samples
-
-
-@dataclass(frozen=True)
-class TrialPlace:
-    """Where a trial leaves what it made."""
-
-    final: Path
-    """Folder that appears, complete, when the trial is done."""
-    checkpoint: Path
-    """In-progress state."""
-    keep_model: bool = False
-    """Whether the trained network stays (94 MB)."""
 
 
 def run_trial(spec: TrialSpec, data: TrialData, resident: Resident, place: TrialPlace) -> Iterator[EpochRecord]:

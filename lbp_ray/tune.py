@@ -18,10 +18,11 @@ from ray import tune
 from tqdm import tqdm
 
 from lbp_ray.aggregate import aggregate
-from lbp_ray.cell import Cell, TrialSpec
+from lbp_ray.cell import Cell, Shared, TrialPlace, TrialSpec
 from lbp_ray.config import load_config
 from lbp_ray.distributed.extract import ensure_features
-from lbp_ray.distributed.worker import Shared, load_trial_data, run_cell
+from lbp_ray.distributed.waiter import waiting_trial
+from lbp_ray.distributed.worker import load_trial_data
 from lbp_ray.features import features_id
 from lbp_ray.predict import PREDICTOR_FILE, describe_predictor
 from lbp_ray.prepare import Prepared, prepare
@@ -29,7 +30,6 @@ from lbp_ray.report import render_console, write_report
 from lbp_ray.result import StudyResult
 from lbp_ray.runs import RunError, RunPaths
 from lbp_ray.study import StudyConfig
-from lbp_ray.trial import TrialPlace
 from preprocess.commit import write_atomic
 from preprocess.job import connect
 
@@ -190,16 +190,10 @@ def _run_missing(
         return
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the bar above is the console; Tune's own boxes stay away
     by_name = {spec.cell.name: (spec, place_of(spec, prepared.paths, config)) for spec in missing}
-    resources = {"CPU": recipe.threads, "GPU": compute.gpus_per_trial}
-
-    def trainable(cell: dict[str, str]) -> None:
-        spec, place = by_name[cell["name"]]
-        call = run_cell.options(name=spec.cell.name, num_cpus=resources["CPU"], num_gpus=resources["GPU"])
-        for record in call.remote(shared, spec, place):  # type: ignore[attr-defined]
-            tune.report(ray.get(record))
-
+    resources = {"CPU": float(recipe.threads), "GPU": compute.gpus_per_trial}
+    trial = waiting_trial(shared, by_name, resources)
     results = tune.Tuner(
-        tune.with_resources(trainable, tune.PlacementGroupFactory([{}, resources])),
+        tune.with_resources(trial, tune.PlacementGroupFactory([{}, resources])),
         param_space={"name": tune.grid_search(list(by_name))},
         tune_config=tune.TuneConfig(
             reuse_actors=True,

@@ -14,6 +14,7 @@ The rooms, in the order the data meets them:
 - ``midsagittal``: volume to mid-sagittal slice by FFT correlation with templates.
 - ``accounting``: one terminal state per file; the private and the shareable report.
 - ``pipeline``: the order of all this, on whatever runs the tasks.
+- ``mapper``: where many calls of one function run.
 - ``job``: runs the tasks on Ray: named, bounded, retried.
 - ``link``: labels, gradings and annotation names to the store's pseudonyms.
 - ``exam``: one exam in this process, by the same code path.

@@ -9,7 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from preprocess.pipeline import ConvertJob, Outcome, StorePaths, convert_tree, map_here
+from preprocess.mapper import map_here
+from preprocess.pipeline import ConvertJob, Outcome, StorePaths, convert_tree
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

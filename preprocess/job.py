@@ -14,7 +14,8 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 from tqdm import tqdm
 
-from preprocess.pipeline import PreprocessError, TaskFailure
+from preprocess.mapper import TaskFailure
+from preprocess.pipeline import PreprocessError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

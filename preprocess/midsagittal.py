@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from preprocess.pipeline import Mapper
+    from preprocess.mapper import Mapper
 
 METHOD_VERSION = 1
 """Raised by hand when a choice may come out differently."""

@@ -11,7 +11,7 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 from preprocess.accounting import CONVERTED, FileOutcome, StackOutcome, Summary, summarise, write_reports
 from preprocess.commit import commit_point, content_id, sweep_partials
@@ -26,13 +26,14 @@ from preprocess.convert import (
 from preprocess.deidentify import Pseudonymiser, load_key
 from preprocess.geometry import GeometryError, stack_geometry
 from preprocess.index import FileRow, WalkedFile, index_files, walk
+from preprocess.mapper import Mapper, TaskFailure, map_here
 from preprocess.midsagittal import choose_for_store, read_template_list
 from preprocess.select import Selection, select
 from preprocess.store import committed_series, create_store, sweep_store, write_manifest
 from preprocess.uid_index import ExamEntry, exam_entry, write_uid_index
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
     from preprocess.select import Verdict
@@ -40,46 +41,9 @@ if TYPE_CHECKING:
 FILES_PER_TASK = 512
 """Headers read by one task: long enough to hide its dispatch, short enough to spread a small tree over the cores."""
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 
 class PreprocessError(ValueError):
     """A conversion that cannot be done as asked; the message says what to do."""
-
-
-class TaskFailure:
-    """Stands for the result of a task whose process died on every attempt."""
-
-
-class Mapper(Protocol):
-    """Runs one function over many items."""
-
-    def __call__(
-        self, function: Callable[[Item], Result], items: Sequence[Item], *, names: Sequence[str], title: str
-    ) -> Iterator[tuple[int, Result | TaskFailure]]:
-        """Yield (index of the item, result) in any order.
-
-        Parameters
-        ----------
-        function
-            Importable function of one item.
-        items
-            What it is called with.
-        names
-            One task name per item, free of identifiers.
-        title
-            Heads the progress bar.
-        """
-
-
-def map_here(
-    function: Callable[[Item], Result], items: Sequence[Item], *, names: Sequence[str], title: str
-) -> Iterator[tuple[int, Result | TaskFailure]]:
-    """Run every item in this process, in order: the mapper without Ray."""
-    del names, title
-    for index, item in enumerate(items):
-        yield index, function(item)
 
 
 @dataclass(frozen=True)

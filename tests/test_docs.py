@@ -109,7 +109,7 @@ def test_shell_blocks_parse(page):
 
 def documented_keys():
     text = (ROOT / "docs/reference-config.md").read_text()
-    return {key: default for key, default in re.findall(r"^\| `([a-z_.]+)` \| .*? \| (.*?) \| ", text, re.MULTILINE)}
+    return dict(re.findall(r"^\| `([a-z_.]+)` \| .*? \| (.*?) \| ", text, flags=re.MULTILINE))
 
 
 def real_keys():
@@ -132,15 +132,13 @@ def test_out_of_fold_columns_are_documented_in_order():
 
 def test_every_dependency_is_explained():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(item for extra in project["optional-dependencies"].values() for item in extra)]
-    names = {re.match(r"[A-Za-z0-9-]+", item)[0] for item in wanted}
-    tables = (ROOT / "docs/dependencies.md").read_text().split("## Left aside")[0]
-    assert names == set(re.findall(r"`([a-z0-9-]+)`", "".join(re.findall(r"^\|.*\|$", tables, re.MULTILINE)))) - {
-        *project["optional-dependencies"],
-        "default",
-        "train",
-        "google-crc32c",
-    } - {"tune"}
+    extras = {(extra, item) for extra, items in project["optional-dependencies"].items() for item in items}
+    wanted = {("", item) for item in project["dependencies"]} | extras
+    needed, rest = (ROOT / "docs/dependencies.md").read_text().split("## Left aside")[0].split("## Extras")
+    explained = {("", name) for name in re.findall(r"^\| `([a-z0-9-]+)`", needed, flags=re.MULTILINE)}
+    for extra, cell in re.findall(r"^\| `(\w+)` \| (.*?) \|", rest, flags=re.MULTILINE):
+        explained |= {(extra, name) for name in re.findall(r"`([a-z0-9-]+)`", cell)}
+    assert explained == {(extra, re.match(r"[A-Za-z0-9-]+", item)[0]) for extra, item in wanted}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

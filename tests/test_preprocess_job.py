@@ -7,7 +7,8 @@ import pytest
 from dicom_factory import AXIAL, make_series
 
 from preprocess.exam import ExamError, convert_exam
-from preprocess.pipeline import ConvertJob, PreprocessError, TaskFailure, convert_tree
+from preprocess.mapper import TaskFailure
+from preprocess.pipeline import ConvertJob, PreprocessError, convert_tree
 from preprocess.store import SliceStore
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from study_factory import make_data, make_spec, random_backbone, with_features
 
-from lbp_ray.cell import TrialError
+from lbp_ray.cell import TrialError, TrialPlace
 from lbp_ray.features import FeatureCacheError, extract, features_id
 from lbp_ray.nets.resnet import build_head, set_batchnorm_mode, standardise
 from lbp_ray.nets.weights import WeightsError, load_backbone_weights, weights_sha256
 from lbp_ray.training import Resident, Training, batch_order, select_samples
-from lbp_ray.trial import TrialPlace, run_trial
+from lbp_ray.trial import run_trial
 
 FOLDS = [0, 0, 1, 1, 1, 1, 0, 0, -1, -1]
 

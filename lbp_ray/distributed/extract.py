@@ -18,7 +18,7 @@ from preprocess.commit import committed_directory
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lbp_ray.distributed.worker import Shared
+    from lbp_ray.cell import Shared
 
 
 def ensure_features(shared: Shared, final: Path, shards: Path, *, threads: int, gpus: float, progress: bool) -> None:

@@ -1,11 +1,11 @@
-"""What one Ray worker keeps between calls, and the remote calls themselves.
+"""What one Ray worker keeps between calls, and what it does with it.
 
-Every call carries a name that people see in the dashboard: ``features-0003`` or ``k3-fold02-seed1``.
+Every remote call carries a name that people see in the dashboard: ``features-0003`` or ``k3-fold02-seed1``.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,28 +21,14 @@ from lbp_ray.nets.weights import WeightsError, load_backbone_weights, weights_sh
 from lbp_ray.prepare import Split
 from lbp_ray.roi import Crops
 from lbp_ray.training import Resident
-from lbp_ray.trial import TrialPlace, run_trial
+from lbp_ray.trial import run_trial
 from preprocess.commit import commit_point, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from lbp_ray.cell import TrialSpec
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What a worker needs to load once: paths and hashes, no arrays."""
-
-    crops: Path
-    split: Path
-    features: Path | None
-    """None when the recipe recomputes features."""
-    weights: str
-    weights_seed: int
-    weights_hash: str
-    device: str
+    from lbp_ray.cell import Shared, TrialPlace, TrialSpec
 
 
 @lru_cache(maxsize=1)
@@ -96,9 +82,8 @@ def extract_shard(shared: Shared, bounds: tuple[int, int], threads: int, shard: 
     commit_point("features:shard")
 
 
-@ray.remote(max_retries=0, num_returns="streaming")
-def run_cell(shared: Shared, spec: TrialSpec, place: TrialPlace) -> Iterator[dict[str, Any]]:
-    """Run one cell and stream its learning curve; the commit happens here, in the worker."""
+def train_cell(shared: Shared, spec: TrialSpec, place: TrialPlace) -> Iterator[dict[str, Any]]:
+    """Train and commit one cell, and yield its learning curve, also as gauges of the dashboard."""
     tags = {"cell": spec.cell.name}
     loss = Gauge("lbp_ray_validation_loss", "Loss on the evaluated fold", tag_keys=("cell",))
     area = Gauge("lbp_ray_validation_auc", "Study-level ROC-AUC on the evaluated fold", tag_keys=("cell",))
