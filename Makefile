@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 export LBP_RAY_ROOT ?= $(CURDIR)/demo
 export RAY_USAGE_STATS_ENABLED = 0
 export PYTHONUNBUFFERED = 1
+HEAD_FOLDER ?= $(shell mktemp -d /tmp/ray-XXXX)
 
 .PHONY: help demo test test-slow lint bench head clean-demo
 
@@ -45,10 +46,12 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
 
+# Jobs find this python and a token that only its owner can read; port 0 avoids the fixed port of Ray's agents, which any other Ray
+# on the machine may hold.
 head: $(VENV)/.installed
 	@umask 077; $(BIN)/ray get-auth-token --generate >/dev/null; chmod -f 600 ~/.ray/auth_token || true
 	PATH=$(abspath $(BIN)):$$PATH RAY_AUTH_MODE=token exec ray start --head --block --disable-usage-stats \
-	  --dashboard-host=127.0.0.1 --temp-dir=$$(mktemp -d /tmp/ray-XXXX) $(HEAD_OPTIONS)
+	  --dashboard-host=127.0.0.1 --dashboard-agent-listen-port=0 --temp-dir=$(HEAD_FOLDER) $(HEAD_OPTIONS)
 
 clean-demo:
-	rm -rf $(LBP_RAY_ROOT)
+	rm -rf $(CURDIR)/demo

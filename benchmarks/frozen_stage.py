@@ -1,8 +1,8 @@
 """The frozen stage of one trial: features once and a head, against the frozen network in every step.
 
 Both run in this process, one thread, the same images, order and seed, in alternating rounds; their logits are
-compared. What the cache saves over a whole study is larger, because all trials share one extraction: the last line extrapolates it
-from the counts and prints the arithmetic.
+compared. What the cache saves over a whole study is larger, because all trials share one extraction: the last line
+gives the counts with their arithmetic.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import hashlib
 import sys
 from itertools import permutations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -73,7 +73,7 @@ class Sagittal(NamedTuple):
     @property
     def spacing_mm(self) -> np.ndarray:
         """Distance of slices, of rows, of columns, (3,)."""
-        return np.linalg.norm(self.affine[:3, :3], axis=0)
+        return np.asarray(np.linalg.norm(self.affine[:3, :3], axis=0))
 
 
 def to_sagittal(voxels_IJK: np.ndarray, affine_ras: np.ndarray) -> Sagittal:
@@ -216,10 +216,8 @@ def _image(volume: Sagittal, index: int, content: str) -> Dataset:
     image.ImageOrientationPatient = [_ds(cosine) for cosine in np.concatenate(along)]
     image.ImagePositionPatient = [_ds(value) for value in volume.affine[:3] @ [index, 0, 0, 1]]
     image.file_meta = FileMetaDataset()
-    image.file_meta.MediaStorageSOPClassUID, image.file_meta.MediaStorageSOPInstanceUID = (
-        image.SOPClassUID,
-        image.SOPInstanceUID,
-    )
+    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID
+    image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
     image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     return image
 
@@ -246,9 +244,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         if options.out.is_dir() and any(options.out.iterdir()):
-            msg = f"{options.out} is not empty: two series in one folder are two exams; give a new folder"
+            msg = f"{options.out} is not empty, and the folder of an exam may hold one series only: give a new folder"
             raise ValueError(msg)
-        image = nibabel.load(options.nifti)
+        image: Any = nibabel.load(options.nifti)
         volume = to_sagittal(np.asanyarray(image.dataobj), image.affine)
         _, row_mm, column_mm = volume.spacing_mm
         volume = resample(volume, (options.slice_spacing, options.spacing or row_mm, options.spacing or column_mm))

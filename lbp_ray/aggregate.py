@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,9 +70,7 @@ def aggregate(
     """
     table = collect(specs, folders, prepared.split)
     environment = check_environments(folders, allow_mixed=config.evaluation.allow_mixed_environments)
-    trial_ids = [spec.trial_id for spec in specs]
-    science = {"evaluation": config.evaluation.model_dump(mode="json"), "statements": config.statements}
-    final = prepared.paths.result(content_id({"trials": trial_ids, **science}))
+    final = prepared.paths.result(_address(config, prepared, specs, environment))
     if final.is_dir():
         return final
     per_count = tuple(
@@ -84,6 +83,26 @@ def aggregate(
         collect_holdout(specs, folders).to_parquet(folder / "holdout.parquet", index=False)
         result.save(folder / "result.json")
     return final
+
+
+def _address(
+    config: StudyConfig, prepared: Prepared, specs: Sequence[TrialSpec], environment: dict[str, str]
+) -> str:
+    """Content id of everything that a result is made from."""
+    truth = config.paths.truth
+    return content_id(
+        {
+            "trials": [spec.trial_id for spec in specs],
+            "evaluation": config.evaluation.model_dump(mode="json"),
+            "name": config.name,
+            "statements": config.statements,
+            "environment": environment,
+            "store": prepared.store_hash,
+            "funnel": [step.model_dump() for step in prepared.funnel],
+            "groups": prepared.groups,
+            "truth": hashlib.sha256(truth.read_bytes()).hexdigest() if truth else None,
+        }
+    )
 
 
 def _study_result(

@@ -68,6 +68,16 @@ class TrialPlace:
     keep_model: bool = False
     """Whether the trained network stays (94 MB)."""
 
+    @property
+    def model(self) -> Path:
+        """The trained network, where it is kept."""
+        return self.final / "model.pt"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that the trial must leave is committed."""
+        return self.final.is_dir() and (self.model.is_file() or not self.keep_model)
+
 
 @dataclass(frozen=True)
 class Shared:
@@ -88,7 +98,9 @@ class TrialData:
     """What every trial of a study shares, read-only."""
 
     crops_NKHW: np.ndarray
-    """Stored pixel values (memory map)."""
+    """Stored pixel values of every cropped study (memory map)."""
+    crop_row_N: np.ndarray
+    """Row of each study in the crops."""
     features_NKF: Tensor | None
     """Frozen-backbone features, or None when the recipe recomputes them."""
     study_ids: tuple[str, ...]

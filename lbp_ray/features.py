@@ -34,7 +34,9 @@ class FeatureCacheError(ValueError):
     """A feature cache that would not equal the network in the loop."""
 
 
-def features_id(*, crops_hash: str, weights_hash: str, threads: int, batchnorm: str = "eval") -> str:
+def features_id(
+    *, crops_hash: str, weights_hash: str, threads: int, batchnorm: str = "eval", device: str = "cpu"
+) -> str:
     """Return the address of a feature table.
 
     Parameters
@@ -47,6 +49,8 @@ def features_id(*, crops_hash: str, weights_hash: str, threads: int, batchnorm: 
         CPU threads of the extraction: they change float32 sums.
     batchnorm
         BatchNorm mode of the frozen backbone; only ``eval`` gives constant features.
+    device
+        Kind of device, ``cpu`` or ``cuda``: their float32 sums differ.
 
     Raises
     ------
@@ -66,6 +70,7 @@ def features_id(*, crops_hash: str, weights_hash: str, threads: int, batchnorm: 
             "threads": threads,
             "batch_size": BATCH_SIZE,
             "batchnorm": batchnorm,
+            "device": device,
             "dtype": "float32",
             "layout": "channels_last",
             "standardise": "per image",

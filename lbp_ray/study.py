@@ -120,10 +120,11 @@ class Recipe(FrozenModel):
 
 
 class ComputeConfig(FrozenModel):
-    """Where and how fast, never what: changes no number."""
+    """Where and how fast, never what: changes no number on one model of device."""
 
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs that a trial asks Ray for; fractions pack several trials on one."""
+    """GPUs that a trial asks Ray for; fractions pack several trials on one, 0 trains on CPUs. Trials of a CPU and of a
+    GPU, or of two models of GPU, are not mixed in one table."""
     max_failures: Annotated[int, Field(ge=0)] = 3
     """Retries of a cell whose worker died or raised."""
     keep_models: Literal["none", "first_seed", "all"] = "first_seed"

@@ -198,7 +198,7 @@ class Training:
 
     def images(self, batch: Samples) -> Tensor:
         """Standardised images of some slices, on the device."""
-        pixels = torch.from_numpy(self.data.crops_NKHW[batch.study_M, batch.offset_M])
+        pixels = torch.from_numpy(self.data.crops_NKHW[self.data.crop_row_N[batch.study_M], batch.offset_M])
         return standardise(pixels.to(self.device))
 
     def frozen_logits(self, batch: Samples) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def run_trial(spec: TrialSpec, data: TrialData, resident: Resident, place: Trial
     resident
         This process's backbone.
     place
-        Where to write. An existing ``place.final`` is left as it is and its curve is yielded again.
+        Where to write. A complete trial is left as it is and its curve is yielded again.
 
     Yields
     ------
@@ -45,9 +46,10 @@ def run_trial(spec: TrialSpec, data: TrialData, resident: Resident, place: Trial
     TrialError
         If a class is missing or a loss or score is not finite.
     """
-    if place.final.is_dir():
+    if place.is_complete:
         yield from (EpochRecord(**row) for row in _read_history(place.final))
         return
+    shutil.rmtree(place.final, ignore_errors=True)  # committed by a study that kept no network
     torch.set_num_threads(spec.recipe.threads)
     training = Training(spec, data, resident)
     yield from training.epochs(place.checkpoint)
@@ -57,8 +59,12 @@ def run_trial(spec: TrialSpec, data: TrialData, resident: Resident, place: Trial
         pd.DataFrame(training.history).to_parquet(folder / "history.parquet", index=False)
         if place.keep_model:
             model = {"backbone": training.backbone.state_dict(), "head": training.head.state_dict()}
-            torch.save(model, folder / "model.pt")
-        record = {"trial_id": spec.trial_id, "spec": spec.model_dump(mode="json"), "environment": environment()}
+            torch.save(model, folder / place.model.name)
+        record = {
+            "trial_id": spec.trial_id,
+            "spec": spec.model_dump(mode="json"),
+            "environment": environment(resident.device),
+        }
         (folder / "trial.json").write_text(json.dumps(record, indent=1))
     place.checkpoint.unlink(missing_ok=True)
 
@@ -83,12 +89,8 @@ def _read_history(final: Path) -> list[dict[Any, Any]]:
     return [dict(row) for row in pd.read_parquet(final / "history.parquet").to_dict("records")]
 
 
-def environment() -> dict[str, str]:
-    """Return what else might change a trial's last digits: library versions and the device model."""
-    return {"torch": torch.__version__, "numpy": np.__version__, "device": _device_model()}
-
-
-def _device_model() -> str:
-    if torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    return str(torch.backends.cpu.get_cpu_capability())
+def environment(device: str) -> dict[str, str]:
+    """Return what else might change a trial's last digits: library versions and the model of the device it ran on."""
+    on_gpu = device.startswith("cuda")
+    model = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "numpy": np.__version__, "device": str(model)}

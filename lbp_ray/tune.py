@@ -126,7 +126,7 @@ def run_study(config: StudyConfig) -> Path:
         split_hash=prepared.split.split_hash,
         weights_hash=prepared.weights_hash,
     )
-    missing = [spec for spec in specs if not place_of(spec, prepared.paths, config).final.is_dir()]
+    missing = [spec for spec in specs if not place_of(spec, prepared.paths, config).is_complete]
     shared = _shared(config, prepared)
     if missing or (shared.features is not None and not shared.features.is_dir()):
         with connect():
@@ -143,6 +143,7 @@ def run_study(config: StudyConfig) -> Path:
 
 def _shared(config: StudyConfig, prepared: Prepared) -> Shared:
     recipe = config.recipe
+    device = "cuda" if config.compute.gpus_per_trial else "cpu"
     features: Path | None = None
     if recipe.feature_cache:
         address = features_id(
@@ -150,6 +151,7 @@ def _shared(config: StudyConfig, prepared: Prepared) -> Shared:
             weights_hash=prepared.weights_hash,
             threads=recipe.threads,
             batchnorm=recipe.frozen_batchnorm,
+            device=device,
         )
         features = prepared.paths.features(address)
     return Shared(
@@ -159,7 +161,7 @@ def _shared(config: StudyConfig, prepared: Prepared) -> Shared:
         weights=recipe.weights,
         weights_seed=recipe.weights_seed,
         weights_hash=prepared.weights_hash,
-        device="cuda" if config.compute.gpus_per_trial else "cpu",
+        device=device,
     )
 
 

@@ -30,6 +30,7 @@ def make_data(folds: list[int], *, shape: tuple[int, int] = (64, 32), offsets: i
     reach = offsets // 2
     return TrialData(
         crops_NKHW=pixels,
+        crop_row_N=np.arange(number),
         features_NKF=None,
         study_ids=tuple(f"s{row:03d}" for row in range(number)),
         patient_ids=tuple(f"p{row:03d}" for row in range(number)),

@@ -57,11 +57,11 @@ def load_trial_data(crops_folder: Path, split_folder: Path, features_folder: Pat
     rows = crops.table.drop(columns="patient_id").reset_index(names="row")
     rows = rows.merge(split.table, on="study_id", validate="one_to_one")
     row_N = rows["row"].to_numpy()
-    whole = len(row_N) == len(crops.pixels_NKHW)
     features = load_features(features_folder) if features_folder is not None else None
     return TrialData(
-        crops_NKHW=crops.pixels_NKHW if whole else crops.pixels_NKHW[row_N],
-        features_NKF=features if features is None or whole else features[torch.from_numpy(row_N)],
+        crops_NKHW=crops.pixels_NKHW,
+        crop_row_N=row_N,
+        features_NKF=features if features is None else features[torch.from_numpy(row_N)],
         study_ids=tuple(rows["study_id"]),
         patient_ids=tuple(rows["patient_id"]),
         labels_N=rows["label"].astype("float32").to_numpy(),

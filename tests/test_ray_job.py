@@ -1,0 +1,213 @@
+"""`make head` and `ray job submit` as a user types them: a head of its own, a home folder of its own, free ports."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from river import ROOT, environment, prepare_cohort, result_folder, study_arguments
+
+from preprocess.store import SliceStore
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+BIN = Path(sys.executable).parent
+CELLS = {f"k{count}-fold{fold:02d}-seed0" for count in (1, 3) for fold in (0, 1)}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory):
+    """Start `make head`; yield where it is and the environment of a second terminal."""
+    root = tmp_path_factory.mktemp("river")
+    prepare_cohort(root)
+    folder = Path(tempfile.mkdtemp(prefix="lbp", dir="/tmp"))  # socket paths must stay short
+    url = f"http://127.0.0.1:{free_port()}"
+    options = f"--port={free_port()} --dashboard-port={url.rpartition(':')[2]} --num-cpus=2"
+    make = ["make", "-o", f"{sys.prefix}/.installed", "head", f"VENV={sys.prefix}"]
+    first = environment(root, HOME=str(folder))
+    log = folder / "head.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*make, f"HEAD_FOLDER={folder}/ray", f"HEAD_OPTIONS={options}"],
+            cwd=ROOT,
+            env=first,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        wait_for(lambda: "Ray runtime started" in log.read_text(), process, log)
+        second = {**first, "PATH": f"{BIN}:{first['PATH']}", "RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": url}
+        del second["LBP_RAY_ROOT"], second["PYTHONPATH"]
+        yield SimpleNamespace(root=root, folder=folder, url=url, environment=second)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+        shutil.rmtree(folder)
+
+
+def wait_for(condition, process, log):
+    for _ in range(240):
+        if condition():
+            return
+        assert process.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.5)
+    pytest.fail(log.read_text()[-3000:])
+
+
+def submit(head, *command):
+    """Submit a job and return its process."""
+    return subprocess.Popen(
+        ["ray", "job", "submit", "--working-dir", ".", "--", "python", "-m", *command],
+        cwd=ROOT,
+        env=head.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def listed(head, what):
+    """Return the rows of ``ray list tasks`` or ``ray list jobs``."""
+    command = ["ray", "list", what, "--format", "json", "--limit", "1000"]
+    text = subprocess.run(command, cwd=ROOT, env=head.environment, check=True, capture_output=True, text=True).stdout
+    return json.loads(text)
+
+
+def exported_cells(head):
+    """Return the cells that the metrics endpoints show a validation AUC of."""
+    (discovery,) = json.loads((head.folder / "ray" / "prom_metrics_service_discovery.json").read_text())
+    found = set()
+    for target in discovery["targets"]:
+        page = urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
+        found |= set(re.findall(r'^ray_lbp_ray_validation_auc\{.*?\bcell="([^"]+)"', page, flags=re.MULTILINE))
+    return found
+
+
+@pytest.fixture(scope="module")
+def study(head):
+    """Run a small study as a job, watching the metrics endpoint meanwhile."""
+    process = submit(head, "lbp_ray.tune", *study_arguments())
+    exported = set()
+    while process.poll() is None:
+        exported |= exported_cells(head)
+        time.sleep(1)
+    output = process.stdout.read()
+    assert process.returncode == 0, output[-3000:]
+    return SimpleNamespace(output=output, exported=exported)
+
+
+def test_study_succeeds_and_leaves_its_report(head, study):
+    page = result_folder(head.root) / "report" / "report.html"
+    assert f"report: {page}" in study.output
+    assert page.is_file()
+    states = {job["entrypoint"]: job["status"] for job in listed(head, "jobs")}
+    assert [state for entrypoint, state in states.items() if "lbp_ray.tune" in entrypoint] == ["SUCCEEDED"]
+
+
+def test_cells_and_shards_are_named_tasks(head, study):
+    states = {task["name"]: task["state"] for task in listed(head, "tasks")}
+    assert {name: states.get(name) for name in (*CELLS, "features-0000")} == dict.fromkeys(
+        (*CELLS, "features-0000"), "FINISHED"
+    )
+
+
+def test_validation_auc_is_exported_while_a_cell_runs(study):
+    assert study.exported
+    assert study.exported <= CELLS
+
+
+def test_upload_is_code_only(head, study):
+    (upload,) = (head.folder / "ray").glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
+    assert {"lbp_ray", "preprocess", "configs"} <= {path.name for path in upload.iterdir()}
+    assert not {".venv", ".git", "tests", "docs", "demo"} & {path.name for path in upload.iterdir()}
+    assert sum(path.stat().st_size for path in upload.rglob("*") if path.suffix != ".pyc") < 5_000_000
+
+
+def test_preprocess_runs_as_a_job(head, tmp_path):
+    dicom, templates = head.root / "phantom" / "dicom", head.root / "phantom" / "templates.csv"
+    key = head.root / "store.private" / "key"
+    arguments = [str(dicom), "--out", str(tmp_path / "store.zarr"), "--templates", str(templates), "--key-file", str(key)]
+    process = submit(head, "preprocess", *arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-3000:]
+    again, here = (SliceStore.open(root / "store.zarr") for root in (tmp_path, head.root))
+    assert again.content_hash == here.content_hash
+    assert any(task["name"].startswith("convert-") for task in listed(head, "tasks"))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["lbp_ray.tune", *study_arguments("paths.runs=runs")], "must be an absolute path on storage that every node sees"),
+        (["preprocess", "dicom", "--out", "store.zarr"], "inside a Ray job paths must be absolute"),
+        (["preprocess", "link", "store.zarr", "--out", "linked"], "inside a Ray job paths must be absolute"),
+    ],
+    ids=["tune", "preprocess", "link"],
+)
+def test_relative_path_is_refused(head, command, message):
+    process = submit(head, *command)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert message in output
+    assert "Traceback" not in output.partition("Running entrypoint")[2]
+
+
+def test_stranger_is_refused(head):
+    stranger = {**head.environment, "RAY_AUTH_TOKEN": "0" * 64}
+    refused = subprocess.run(["ray", "job", "list"], cwd=ROOT, env=stranger, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "AuthenticationError" in refused.stderr
+    token = head.folder / ".ray" / "auth_token"
+    assert token.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.browser
+def test_dashboard_lists_the_cells_by_name(head, study):
+    (job,) = (job["job_id"] for job in listed(head, "jobs") if "lbp_ray.tune --config" in job["entrypoint"])
+    page = browse(head, f"{head.url}/#/jobs/{job}", "--dump-dom")
+    assert set(re.findall(r"k\d-fold\d\d-seed\d", page)) >= CELLS
+
+
+def browse(head, address, *action):
+    """Let headless Chromium render a dashboard page, with the cookie that the dashboard's token prompt would set."""
+    token = (head.folder / ".ray" / "auth_token").read_text()
+
+    class Door(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802
+            self.send_response(302)
+            self.send_header("Set-Cookie", f"ray-authentication-token={token}; Path=/; HttpOnly; SameSite=Strict")
+            self.send_header("Location", address)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    assert chromium, "needs chromium on PATH"
+    switches = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    switches += [f"--user-data-dir={head.folder}/browser", "--window-size=1500,2400", "--virtual-time-budget=20000"]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Door) as door:
+        threading.Thread(target=door.serve_forever, daemon=True).start()
+        command = [chromium, *switches, *action, f"http://127.0.0.1:{door.server_port}/"]
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=120, env=dict(os.environ))
+        door.shutdown()
+    return shown.stdout
