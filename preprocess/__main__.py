@@ -80,12 +80,12 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _run(job: ConvertJob, num_cpus: int | None) -> Outcome:
-    if num_cpus == 0:
-        return convert_tree(job, map_here)
     from preprocess.job import connect, map_on_ray, require_absolute
 
     given = (job.dicom_dir, job.out, job.templates, job.key_file)
     require_absolute([path for path in given if path is not None])
+    if num_cpus == 0:
+        return convert_tree(job, map_here)
     absolute = [path.absolute() if path is not None else None for path in given]
     assert absolute[0] is not None
     assert absolute[1] is not None
@@ -94,8 +94,10 @@ def _run(job: ConvertJob, num_cpus: int | None) -> Outcome:
 
 
 def _link(options: argparse.Namespace) -> int:
+    from preprocess.job import require_absolute
     from preprocess.link import LinkJob, link_files
 
+    require_absolute([options.store, options.out, *options.csv, *options.cvat])
     keep_text = frozenset(options.keep_text)
     files = (tuple(options.csv), tuple(options.cvat))
     report = link_files(LinkJob(options.store, options.out, *files, keep_text, options.allow_unlinked))

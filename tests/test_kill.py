@@ -15,7 +15,7 @@ from river import ROOT, expect, prepare_cohort, run, start, study_arguments, tab
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("kill")]
 
-STUDY = study_arguments("recipe.frozen_epochs=2")
+STUDY = study_arguments("recipe.frozen_epochs=2", "slice_counts=[1]", "seeds=[0,1]", "evaluation.permutations=0")
 
 DRIVER_POINTS = [
     f"{stage}:{side}-rename" for stage in ("crops", "split", "features", "result") for side in ("before", "after")
