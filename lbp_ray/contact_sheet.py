@@ -22,26 +22,30 @@ def chosen_rows(num_studies: int) -> list[int]:
     return sorted({round(row) for row in np.linspace(0, num_studies - 1, min(MAX_TILES, num_studies))})
 
 
-def tile(image_HW: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """Draw one image with its box.
+def tile(image_HW: np.ndarray, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """Draw one image with its box, in its own proportions.
 
     Parameters
     ----------
     image_HW
         Stored pixel values.
     box
-        First row, first column, height and width in pixels of the image.
+        First row, first column, height and width in pixels of the image; None draws no box.
 
     Returns
     -------
     numpy.ndarray
-        (TILE_PX, TILE_PX, 3) uint8; grey scaled between the 1st and 99th percentile, the box in amber.
+        (TILE_PX, TILE_PX, 3) uint8; grey scaled between the 1st and 99th percentile, black beside images that are not
+        square, the box in amber.
     """
     low, high = np.percentile(image_HW, [1, 99])
-    rows, columns = (np.arange(TILE_PX) * size // TILE_PX for size in image_HW.shape)
+    scale = TILE_PX / max(image_HW.shape)
+    rows, columns = ((np.arange(round(size * scale)) / scale).astype(int) for size in image_HW.shape)
     grey = np.clip((image_HW[np.ix_(rows, columns)] - low) / max(high - low, 1e-9), 0, 1)
-    picture = np.repeat((grey * 255).astype(np.uint8)[..., None], 3, axis=2)
-    scale = TILE_PX / np.array(image_HW.shape)
+    picture = np.zeros((TILE_PX, TILE_PX, 3), dtype=np.uint8)
+    picture[: len(rows), : len(columns)] = (grey * 255).astype(np.uint8)[..., None]
+    if box is None:
+        return picture
     top, left = np.clip(np.round(scale * box[:2]).astype(int), 0, TILE_PX - 1)
     bottom, right = np.clip(np.round(scale * np.add(box[:2], box[2:])).astype(int), 0, TILE_PX - 1)
     picture[[top, bottom], left : right + 1] = picture[top : bottom + 1, [left, right]] = (230, 159, 0)

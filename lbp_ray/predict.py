@@ -25,7 +25,7 @@ from lbp_ray.roi import Box, Excluded, choose_neighbours, place_box
 from lbp_ray.splits import HOLDOUT
 from preprocess.commit import write_atomic
 from preprocess.exam import ConvertedExam, convert_exam
-from preprocess.midsagittal import MidsagittalChoice, find_midsagittal, load_templates
+from preprocess.midsagittal import MidsagittalChoice, find_midsagittal, load_midsagittal, load_templates
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,6 +67,10 @@ class Predictor(FrozenModel):
     """Mean box centroid of the study, from the image centre, rows then columns."""
     slice_pitch_mm: float
     tolerance_mm: float
+    lowest_mid_score: float
+    """Lowest mid-sagittal score among the study's own exams; an exam below it is unlike all of them."""
+    lowest_mid_margin: float
+    """Lowest margin of the chosen slice over distant ones among them."""
     study_rule: Annotated[str, Field(pattern="^(max|mean)$")]
     by_slice_count: dict[int, SliceCountPredictor]
 
@@ -91,7 +95,7 @@ class Predictor(FrozenModel):
 
 
 def describe_predictor(
-    config: StudyConfig, prepared: Prepared, specs: Sequence[TrialSpec], folders: Sequence[Path], templates: Path
+    config: StudyConfig, prepared: Prepared, specs: Sequence[TrialSpec], folders: Sequence[Path]
 ) -> Predictor:
     """Collect what a finished study's networks need to judge a new exam.
 
@@ -101,8 +105,6 @@ def describe_predictor(
         The study.
     specs, folders
         Its trials and where they are committed.
-    templates
-        ``templates.npz`` of the mid-sagittal artefact.
     """
     inside = prepared.split.table.loc[prepared.split.table["fold"] != HOLDOUT, "study_id"]
     table = prepared.crops.table
@@ -110,6 +112,8 @@ def describe_predictor(
     spacing = (float(table["row_spacing_mm"].median()), float(table["column_spacing_mm"].median()))
     rows = (table["centroid_row"] - table["image_rows"] / 2) * table["row_spacing_mm"]
     columns = (table["centroid_column"] - table["image_columns"] / 2) * table["column_spacing_mm"]
+    middle = load_midsagittal(prepared.midsagittal)
+    middle = middle[middle["study_id"].isin(inside)]
     predictors = {}
     for count in config.slice_counts:
         chosen = [folder for spec, folder in zip(specs, folders, strict=True) if spec.cell.num_slices == count]
@@ -119,13 +123,15 @@ def describe_predictor(
     return Predictor(
         name=config.name,
         statements=config.statements,
-        templates=templates,
+        templates=prepared.midsagittal / "templates.npz",
         box_height_px=config.roi.height_px,
         box_width_px=config.roi.width_px,
         spacing_mm=spacing,
         centroid_mm=(float(rows.mean()), float(columns.mean())),
         slice_pitch_mm=config.roi.slice_pitch_mm,
         tolerance_mm=config.roi.tolerance_mm,
+        lowest_mid_score=float(middle["score"].min()),
+        lowest_mid_margin=float(middle["margin"].min()),
         study_rule=config.recipe.study_rule,
         by_slice_count=predictors,
     )
@@ -154,11 +160,14 @@ class Prediction(FrozenModel):
     slice_offsets_mm: tuple[float, ...]
     mid_slice: int
     num_slices_in_stack: int
-    mid_confidence: float
+    mid_score: float
+    mid_margin: float
     box: Box
     crop_source: str
     """``mean_box`` (the study's average place) or ``given``."""
     num_models: int
+    warnings: tuple[str, ...]
+    """What makes this exam unlike the study's; look at the picture before anything else."""
     statements: tuple[str, ...]
     files: dict[str, int]
     """Code → number of files of the folder."""
@@ -217,10 +226,12 @@ def predict_exam(
         slice_offsets_mm=tuple((positions[indices] - positions[middle.slice_index]).tolist()),
         mid_slice=middle.slice_index,
         num_slices_in_stack=len(positions),
-        mid_confidence=middle.confidence,
+        mid_score=middle.score,
+        mid_margin=middle.margin,
         box=box,
         crop_source="mean_box" if centroid is None else "given",
         num_models=len(chosen.models),
+        warnings=_warnings(predictor, middle),
         statements=predictor.statements,
         files={str(code): int(count) for code, count in codes.items()},
     )
@@ -240,6 +251,18 @@ def _require_spacing(predictor: Predictor, exam: ConvertedExam) -> None:
         raise PredictError(msg)
 
 
+def _warnings(predictor: Predictor, middle: MidsagittalChoice) -> tuple[str, ...]:
+    measured = {
+        "score": (middle.score, predictor.lowest_mid_score),
+        "margin": (middle.margin, predictor.lowest_mid_margin),
+    }
+    return tuple(
+        f"the mid-sagittal {name} {found:.3f} is below the study's lowest, {lowest:.3f}: check the chosen slice"
+        for name, (found, lowest) in measured.items()
+        if found < lowest
+    )
+
+
 def _place(
     predictor: Predictor,
     exam: ConvertedExam,
@@ -254,6 +277,9 @@ def _place(
             for size, offset, spacing in zip(shape, predictor.centroid_mm, exam.spacing_mm, strict=True)
         )
         centroid = (row, column)
+    if not all(0 <= place <= size for place, size in zip(centroid, shape, strict=True)):
+        msg = f"the centre {centroid[0]:g}, {centroid[1]:g} lies outside the image of {shape[0]} x {shape[1]} pixels"
+        raise PredictError(msg)
     box = place_box(centroid, shape, height=predictor.box_height_px, width=predictor.box_width_px)
     offsets = [step * predictor.slice_pitch_mm for step in range(-(num_slices // 2), num_slices // 2 + 1)]
     positions = np.array(exam.record.positions_mm)
@@ -274,14 +300,7 @@ def _score(path: Path, crops_KHW: np.ndarray) -> np.ndarray:
 
 
 def _picture(slice_HW: np.ndarray, box: Box, crops_KHW: np.ndarray) -> np.ndarray:
-    nothing = (-1, -1, crops_KHW.shape[1] + 9, crops_KHW.shape[2] + 9)
-    size = max(box.height, box.width)
-    crops = []
-    for crop_HW in crops_KHW:
-        square = np.full((size, size), crop_HW.min())
-        square[: box.height, : box.width] = crop_HW
-        crops.append(tile(square, nothing))
-    return np.concatenate([tile(slice_HW, box), *crops], axis=1)
+    return np.concatenate([tile(slice_HW, box), *(tile(crop_HW) for crop_HW in crops_KHW)], axis=1)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -323,8 +342,9 @@ def _render(prediction: Prediction) -> str:
             f"probability {prediction.probability:.3f} of symptoms, {call} the threshold {prediction.threshold:.3f}",
             f"  {prediction.num_models} networks of study {prediction.study}; slices {slices}",
             f"  mid-sagittal slice {prediction.mid_slice + 1} of {prediction.num_slices_in_stack}, "
-            f"confidence {prediction.mid_confidence:.2f}; box from {prediction.crop_source}",
+            f"score {prediction.mid_score:.3f}, margin {prediction.mid_margin:.3f}; box from {prediction.crop_source}",
             f"  files: {json.dumps(prediction.files)}",
+            *(f"  warning: {warning}" for warning in prediction.warnings),
             *(f"  - {statement}" for statement in prediction.statements),
         ]
     )

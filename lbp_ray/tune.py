@@ -136,7 +136,7 @@ def run_study(config: StudyConfig) -> Path:
     folders = [place_of(spec, prepared.paths, config).final for spec in specs]
     data = load_trial_data(shared.crops, shared.split, shared.features)
     result_folder = aggregate(config, prepared, specs, folders, data)
-    predictor = describe_predictor(config, prepared, specs, folders, prepared.midsagittal / "templates.npz")
+    predictor = describe_predictor(config, prepared, specs, folders)
     write_atomic(result_folder / PREDICTOR_FILE, predictor.model_dump_json(indent=1).encode())
     return write_study_report(result_folder, prepared.crops.folder)
 

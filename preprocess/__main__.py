@@ -76,6 +76,9 @@ def _convert(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    if not outcome.summary.series_stored:
+        print(f"error: no sagittal T2 series was found; {paths.report / 'stacks.csv'} says why", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -140,10 +140,10 @@ def convert_tree(job: ConvertJob, mapper: Mapper = map_here) -> Outcome:
         write_manifest(paths.store)
         stored = {row["series_id"]: row["content_hash"] for row in committed_series(paths.store)}
         index = write_uid_index(paths.private, ledger.exam_entries(names), ledger.stored_slices())
+        summary = _report(paths, files, ledger, stored)
         artefact = None
         if template_uids is not None and stored:
             artefact = choose_for_store(paths.store, paths.midsagittal, index.locate(template_uids), mapper)
-        summary = _report(paths, files, ledger, stored)
     return Outcome(summary, artefact)
 
 

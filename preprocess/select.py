@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from preprocess.deidentify import normalise
-from preprocess.geometry import GeometryError, slice_normal
+from preprocess.geometry import GeometryError, slice_normal, stack_geometry
 from preprocess.stacks import Stack, make_stacks
 
 if TYPE_CHECKING:
@@ -180,11 +180,12 @@ def choose(stacks: Sequence[Stack]) -> tuple[Verdict, ...]:
 
 
 def _rank(verdict: Verdict) -> tuple[object, ...]:
-    """Order of preference: sure contrast, typical slice count, matrix, field of view, latest acquisition, ids."""
+    """Order of preference: sound geometry, sure contrast, slice count, matrix, field of view, latest, ids."""
     stack, row = verdict.stack, verdict.stack.rows[0]
-    count = len(stack.rows)
+    count = _num_positions(stack)
     fov_mm = (row.rows or 0) * row.spacing_mm[0]
     return (
+        _can_be_ordered(stack),
         verdict.confidence != "low",
         TYPICAL_SLICES[0] <= count <= TYPICAL_SLICES[1],
         min(count, TYPICAL_SLICES[1]),
@@ -193,6 +194,20 @@ def _rank(verdict: Verdict) -> tuple[object, ...]:
         max((item.acquisition_date, item.acquisition_time) for item in stack.rows),
         (stack.series_uid, stack.key),
     )
+
+
+def _num_positions(stack: Stack) -> int:
+    """Distinct slice positions along the stack's normal; a position imaged twice counts once."""
+    normal = slice_normal(stack.rows[0].orientation)
+    return len({round(float(np.dot(normal, row.position_mm)), 1) for row in stack.rows})
+
+
+def _can_be_ordered(stack: Stack) -> bool:
+    try:
+        stack_geometry(stack.rows)
+    except GeometryError:
+        return False
+    return True
 
 
 def judge(stack: Stack) -> Verdict:
@@ -239,7 +254,7 @@ def _reject_by_plane(stack: Stack) -> str:
     normal = np.abs(slice_normal(stack.rows[0].orientation))
     if np.argmax(normal) != 0 or normal[0] < SAGITTAL_COSINE:
         return "not_sagittal" if len(stack.rows) >= MIN_SLICES else "localizer"
-    if len(stack.rows) < MIN_SLICES:
+    if _num_positions(stack) < MIN_SLICES:
         return "too_few_slices"
     return "body_part" if _OTHER_BODY.search(stack.rows[0].body_part.lower()) else ""
 

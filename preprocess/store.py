@@ -319,6 +319,12 @@ class SliceStore:
                 "`python -m preprocess` command again to finish it, after deleting the series folder if it is damaged"
             )
             raise IncompleteStoreError(msg)
+        if manifest.empty:
+            msg = (
+                f"{path} holds no series: the conversion did not finish, or found nothing to convert; run the same "
+                "`python -m preprocess` command again and read its report"
+            )
+            raise IncompleteStoreError(msg)
         return cls(path, manifest)
 
     def __len__(self) -> int:
@@ -399,11 +405,7 @@ def store_hash(manifest: pd.DataFrame) -> str:
 def _read_manifest(path: Path) -> pd.DataFrame:
     parts = sorted((path / "manifest").glob("[!.]*.parquet"))
     if not parts:
-        msg = (
-            f"{path} names no series in its manifest: the conversion did not finish, or found nothing to convert; "
-            "run the same `python -m preprocess` command again and read its report"
-        )
-        raise IncompleteStoreError(msg)
+        return MANIFEST_SCHEMA.empty_table().to_pandas()
     tables = [pq.read_table(part, schema=MANIFEST_SCHEMA) for part in parts]
     manifest: pd.DataFrame = pa.concat_tables(tables).to_pandas()
     return manifest.sort_values("series_id", ignore_index=True)

@@ -14,7 +14,14 @@ from pathlib import Path
 
 import aiohttp
 
-SWITCHES = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
+SWITCHES = (
+    "--headless",
+    "--hide-scrollbars",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+)
 
 
 class Page:
@@ -46,6 +53,14 @@ class Page:
             assert time.monotonic() < end_s, f"never true: {script}\n{self.evaluate('document.body.innerText')}"
             time.sleep(0.2)
         return value
+
+    def type(self, text):
+        """Type a text and Enter into the element that has the focus."""
+        self.call("Input.insertText", text=text)
+        for kind in ("keyDown", "keyUp"):
+            self.call(
+                "Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r"
+            )
 
     def picture(self, path):
         """Save what the window shows as PNG."""

@@ -133,6 +133,12 @@ def test_incomplete_stores_are_refused_and_repaired(tree, store, damage):
     assert everything(store) == before
 
 
+def test_verify_names_the_series_of_an_emptied_manifest(tmp_path):
+    convert_tree(ConvertJob(make_tree(tmp_path / "d", ("P1",)), tmp_path / "x.zarr"))
+    forget_in_manifest(tmp_path / "x.zarr")
+    assert [finding.fault for finding in verify_store(tmp_path / "x.zarr")] == ["not_in_manifest"]
+
+
 def test_verify_finds_every_flipped_bit(store):
     series_id, folder = first_series(store)
     path = folder / SHARD_NAME
@@ -372,3 +378,29 @@ def test_inspect_and_verify_commands(store, capsys):
     assert "missing_shard" in capsys.readouterr().out
     assert main(["inspect", str(store)]) == 2
     assert main(["inspect", str(store.parent)]) == 2
+
+
+def test_sound_stack_wins_over_a_longer_one_that_images_positions_twice(tmp_path):
+    make_series(tmp_path / "d" / "good", (11, 12, 10), series="good")
+    for repeat in range(3):
+        for number, path in enumerate(make_series(tmp_path / "d" / f"rep{repeat}", (5, 12, 10), series="rep")[0]):
+            dataset = dcmread(path)
+            dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{repeat}.{number}"
+            save(dataset, path)
+    outcome = convert_tree(ConvertJob(tmp_path / "d", tmp_path / "x.zarr"))
+    assert outcome.summary.series_stored == 1
+    assert SliceStore.open(tmp_path / "x.zarr").manifest["num_slices"].tolist() == [11]
+
+
+def test_tree_without_a_sagittal_t2_ends_with_an_error(tmp_path, capsys):
+    make_series(tmp_path / "d", series="t1", **T1)
+    assert main([str(tmp_path / "d"), "--out", str(tmp_path / "x.zarr"), "--num-cpus", "0"]) == 1
+    assert "no sagittal T2 series was found" in capsys.readouterr().err
+
+
+def test_reports_are_there_when_the_templates_are_not(tmp_path, tree, capsys):
+    (tmp_path / "t.csv").write_text("SOPInstanceUID\n1.2.3\n")
+    words = [str(tree), "--out", str(tmp_path / "x.zarr"), "--templates", str(tmp_path / "t.csv"), "--num-cpus", "0"]
+    assert main(words) == 2
+    assert (tmp_path / "x.report" / "files.csv").is_file()
+    assert (tmp_path / "x.private" / "files.csv").is_file()

@@ -104,11 +104,12 @@ def exported_cells(head):
 def study(head):
     """Run a small study as a job, watching the metrics endpoint meanwhile."""
     process = submit(head, "lbp_ray.tune", *study_arguments())
-    exported = set()
-    while process.poll() is None:
-        exported |= exported_cells(head)
-        time.sleep(1)
-    output = process.stdout.read()
+    exported, output = set(), None
+    while output is None:
+        try:
+            output, _ = process.communicate(timeout=1)
+        except subprocess.TimeoutExpired:
+            exported |= exported_cells(head)
     assert process.returncode == 0, output[-3000:]
     return SimpleNamespace(output=output, exported=exported)
 
@@ -143,7 +144,15 @@ def test_upload_is_code_only(head, study):
 def test_preprocess_runs_as_a_job(head, tmp_path):
     dicom, templates = head.root / "phantom" / "dicom", head.root / "phantom" / "templates.csv"
     key = head.root / "store.private" / "pseudonym.key"
-    arguments = [str(dicom), "--out", str(tmp_path / "store.zarr"), "--templates", str(templates), "--key-file", str(key)]
+    arguments = [
+        str(dicom),
+        "--out",
+        str(tmp_path / "store.zarr"),
+        "--templates",
+        str(templates),
+        "--key-file",
+        str(key),
+    ]
     process = submit(head, "preprocess", *arguments)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-3000:]
@@ -155,7 +164,10 @@ def test_preprocess_runs_as_a_job(head, tmp_path):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["lbp_ray.tune", *study_arguments("paths.runs=runs")], "must be an absolute path on storage that every node sees"),
+        (
+            ["lbp_ray.tune", *study_arguments("paths.runs=runs")],
+            "must be an absolute path on storage",
+        ),
         (["preprocess", "dicom", "--out", "store.zarr"], "inside a Ray job paths must be absolute"),
         (["preprocess", "link", "store.zarr", "--out", "linked"], "inside a Ray job paths must be absolute"),
     ],
@@ -182,8 +194,21 @@ def test_stranger_is_refused(head):
 def test_dashboard_lists_the_cells_by_name(head, study):
     (job,) = (job["job_id"] for job in listed(head, "jobs") if "lbp_ray.tune --config" in job["entrypoint"])
     token = (head.folder / ".ray" / "auth_token").read_text()
+    heading = "[...document.querySelectorAll('h4')].find(e => e.textContent === 'Task Table')"
+    names = "[...document.querySelectorAll('label')].find(e => e.textContent === 'Function or Class Name')"
+    rows = "[...document.querySelectorAll('tbody tr')].map(row => row.innerText).join()"
     with open_page(f"{head.url}/#/jobs/{job}", {"ray-authentication-token": token}) as page:
-        page.wait_for("[...document.querySelectorAll('*')].find(e => e.textContent === 'Task Table')?.click() ?? true")
-        page.wait_for("document.querySelector('table')")
-        rows = page.wait_for("[...document.querySelectorAll('tbody tr')].map(row => row.innerText).join('\\n')")
-    assert set(re.findall(r"k\d-fold\d\d-seed\d", rows)) <= CELLS
+        page.wait_for(f"Boolean({heading})")
+        page.evaluate(f"{heading}.click()")
+        page.wait_for(f"Boolean({names})")
+        page.evaluate(f"{names}.parentElement.querySelector('input').focus()")
+        page.type("run_cell")
+        page.wait_for(f"{rows}.match(/k\\d-fold\\d\\d-seed\\d/g)?.length === {len(CELLS)}")
+        assert set(re.findall(r"k\d-fold\d\d-seed\d", page.evaluate(rows))) == CELLS
+
+
+@pytest.mark.browser
+def test_dashboard_shows_a_stranger_nothing(head, study):
+    with open_page(f"{head.url}/#/jobs") as page:
+        prompt = page.wait_for("document.body.innerText.includes('oken') && document.body.innerText")
+    assert "lbp_ray.tune" not in prompt

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 from river import ROOT, expect, prepare_cohort, result_folder, run, study_arguments, tables
 
 from lbp_ray import tune
+from lbp_ray.predict import PredictError, Predictor, predict_exam
 from lbp_ray.result import METRIC_NAMES, StudyResult
+from preprocess.exam import convert_exam
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("river")]
 
@@ -182,3 +186,15 @@ def test_prediction_of_another_protocol_is_refused(root, output, tmp_path):
     status, message = run(root, "lbp_ray.predict", *arguments)
     assert status == 2
     assert "pixel spacing is 1.750 x 1.750 mm" in message
+
+
+def test_prediction_refuses_a_centre_outside_the_image_and_warns_of_strange_exams(root, output, tmp_path):
+    exam_folder = sorted(path for path in (root / "phantom" / "dicom").glob("*/*") if path.is_dir())[0]
+    predictor, exam = Predictor.load(result_folder(root)), convert_exam(exam_folder)
+    assert predict_exam(predictor, exam, num_slices=1)[0].warnings == ()
+    with pytest.raises(PredictError, match="outside the image of 128 x 128 pixels"):
+        predict_exam(predictor, exam, num_slices=1, centroid=(999, 5))
+    noise = np.random.default_rng(0).integers(0, 999, exam.pixels_SHW.shape).astype(exam.pixels_SHW.dtype)
+    prediction, picture = predict_exam(predictor, replace(exam, pixels_SHW=noise), num_slices=1, centroid=(64, 64))
+    assert "below the study's lowest" in prediction.warnings[0]
+    assert picture.shape[1] == 2 * picture.shape[0]
