@@ -404,9 +404,7 @@ def store_hash(manifest: pd.DataFrame) -> str:
 
 def _read_manifest(path: Path) -> pd.DataFrame:
     parts = sorted((path / "manifest").glob("[!.]*.parquet"))
-    if not parts:
-        return MANIFEST_SCHEMA.empty_table().to_pandas()
-    tables = [pq.read_table(part, schema=MANIFEST_SCHEMA) for part in parts]
+    tables = [MANIFEST_SCHEMA.empty_table(), *(pq.read_table(part, schema=MANIFEST_SCHEMA) for part in parts)]
     manifest: pd.DataFrame = pa.concat_tables(tables).to_pandas()
     return manifest.sort_values("series_id", ignore_index=True)
 
