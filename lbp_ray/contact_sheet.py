@@ -46,7 +46,7 @@ def tile(image_HW: np.ndarray, box: tuple[int, int, int, int] | None = None) -> 
     picture[: len(rows), : len(columns)] = (grey * 255).astype(np.uint8)[..., None]
     if box is None:
         return picture
-    top, left = np.clip(np.round(scale * box[:2]).astype(int), 0, TILE_PX - 1)
+    top, left = np.clip(np.round(scale * np.array(box[:2])).astype(int), 0, TILE_PX - 1)
     bottom, right = np.clip(np.round(scale * np.add(box[:2], box[2:])).astype(int), 0, TILE_PX - 1)
     picture[[top, bottom], left : right + 1] = picture[top : bottom + 1, [left, right]] = (230, 159, 0)
     return picture
