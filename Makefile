@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(BIN)/python -m lbp_ray.phantom --config configs/phantom_demo.yaml
 	$(BIN)/python -m preprocess $(LBP_RAY_ROOT)/phantom/dicom --out $(LBP_RAY_ROOT)/store.zarr \
-	  --templates $(LBP_RAY_ROOT)/phantom/templates.csv
+	  --templates $(LBP_RAY_ROOT)/phantom/templates.csv --key-file $(LBP_RAY_ROOT)/phantom/pseudonym.key
 	$(BIN)/python -m preprocess link $(LBP_RAY_ROOT)/store.zarr --out $(LBP_RAY_ROOT)/linked \
 	  --csv $(LBP_RAY_ROOT)/phantom/questionnaire.csv --csv $(LBP_RAY_ROOT)/phantom/truth.csv \
 	  --cvat $(LBP_RAY_ROOT)/phantom/annotations.xml

@@ -22,7 +22,7 @@ from lbp_ray.phantom.dicom import Identity, Written, write_exam
 from lbp_ray.phantom.exam import ExamSpec, ExamTruth, Imaging, simulate_exam
 from lbp_ray.phantom.histories import draw_questionnaire
 from lbp_ray.phantom.tissue import T1, T2
-from preprocess.commit import PARTIAL_PREFIX, content_id
+from preprocess.commit import PARTIAL_PREFIX, content_id, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from lbp_ray.phantom.config import PhantomConfig
 
-PHANTOM_VERSION = 1
+PHANTOM_VERSION = 2
 """Raised by hand when the same configuration gives other bytes; a tree of another version is not taken for this one."""
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -311,7 +311,11 @@ def _truth_table(config: PhantomConfig, exams: Exams, results: list[tuple[ExamTr
 def _write_choices(
     config: PhantomConfig, out: Path, exams: Exams, results: list[tuple[ExamTruth, Written]], rng: np.random.Generator
 ) -> None:
-    """Write the annotated slices and the template slices."""
+    """Write the annotated slices, the template slices and a pseudonym key.
+
+    The key follows from the seed, so that a synthetic study gives the same splits and numbers wherever it is made. A key
+    for patients must never be made like this.
+    """
     analysed = np.flatnonzero(exams.label >= 0)
     annotated = rng.permutation(analysed)[: config.cohort.annotated or len(analysed)]
     xml = _annotations([results[k] for k in annotated], config.image.matrix)
@@ -321,6 +325,7 @@ def _write_choices(
     nearest = excluded[np.argsort([abs(results[k][0].mid_offset_mm) for k in excluded])][: config.cohort.templates]
     uids = sorted(results[k][1].uids[results[k][0].mid_index] for k in nearest)
     pd.DataFrame({"SOPInstanceUID": uids}).to_csv(out / "templates.csv", index=False)
+    write_atomic(out / "pseudonym.key", (rng.bytes(32).hex() + "\n").encode(), mode=0o600)
 
 
 def _annotations(results: list[tuple[ExamTruth, Written]], matrix: int) -> ElementTree.Element:
