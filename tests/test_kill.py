@@ -9,9 +9,13 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from river import ROOT, expect, prepare_cohort, run, start, study_arguments, tables
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("kill")]
 
@@ -109,6 +113,14 @@ def descendants(pid: int) -> dict[int, str]:
     return found
 
 
+def wait_until_gone(pids: Iterable[int], limit_s: float = 60.0) -> None:
+    """Wait for the orphans of a killed driver: one may still commit its trial, which would not be the rerun's."""
+    end = time.monotonic() + limit_s
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < end, "processes outlive their driver"
+        time.sleep(0.2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(NUM_MOMENTS))
 def test_kill_at_a_random_moment(undisturbed, tmp_path, moment):
@@ -118,10 +130,12 @@ def test_kill_at_a_random_moment(undisturbed, tmp_path, moment):
     chance = random.Random(moment)
     process = start(root, "lbp_ray.tune", *STUDY, runs)
     time.sleep(chance.uniform(0.05, 0.95) * duration_s)
+    below = descendants(process.pid)
     if moment % 2 == 0:
         process.kill()
+        wait_until_gone(below)
     else:
-        workers = [pid for pid, command in descendants(process.pid).items() if command.startswith("ray::")]
+        workers = [pid for pid, command in below.items() if command.startswith("ray::")]
         for pid in chance.sample(sorted(workers), min(1, len(workers))):
             os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=400)
