@@ -47,6 +47,7 @@ def run_trial(spec: TrialSpec, data: TrialData, resident: Resident, place: Trial
         If a class is missing or a loss or score is not finite.
     """
     if place.is_complete:
+        place.checkpoint.unlink(missing_ok=True)  # left by a kill right after the commit
         yield from (EpochRecord(**row) for row in _read_history(place.final))
         return
     shutil.rmtree(place.final, ignore_errors=True)  # committed by a study that kept no network

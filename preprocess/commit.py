@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,7 +76,12 @@ def committed_directory(final: Path, *, point: str) -> Iterator[Path]:
         Name for the two commit points ``<point>:before-rename`` and ``<point>:after-rename``.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.parent / f"{PARTIAL_PREFIX}{final.name}-{uuid.uuid4().hex[:8]}"
+    ours = f"{PARTIAL_PREFIX}{final.name}-{socket.gethostname()}-"
+    for path in final.parent.glob(f"{ours}*"):
+        writer = path.name.removeprefix(ours)
+        if writer == str(os.getpid()) or not Path("/proc", writer).exists():
+            shutil.rmtree(path, ignore_errors=True)  # its writer was killed
+    partial = final.parent / f"{ours}{os.getpid()}"
     partial.mkdir()
     try:
         yield partial

@@ -71,7 +71,7 @@ def study_arguments(*overrides: str) -> tuple[str, ...]:
 
 def result_folder(root: Path, name: str = "small") -> Path:
     """Return the only result of a study."""
-    (folder,) = (root / "runs" / name / "results").iterdir()
+    (folder,) = (root / "runs" / name / "results").iterdir()  # a partial one left behind would be a second
     return folder
 
 

@@ -40,6 +40,7 @@ def ensure_features(shared: Shared, final: Path, shards: Path, *, threads: int, 
         Show a progress bar.
     """
     if final.is_dir():
+        shutil.rmtree(shards, ignore_errors=True)  # left by a kill right after the commit
         return
     num_studies, num_offsets = Crops.open(shared.crops).pixels_NKHW.shape[:2]
     bounds = shard_bounds(num_studies)
