@@ -37,7 +37,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not slurm and not multihost and not browser and not gpu'
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'slow or slurm or multihost or browser or gpu'
+	$(BIN)/python -m pytest -m 'slow or slurm or multihost or browser or gpu'
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

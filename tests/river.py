@@ -23,7 +23,8 @@ SMALL = (
 def environment(root: Path, **extra: str) -> dict[str, str]:
     """Return a clean environment: what a new shell has, plus the root of data and runs."""
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-    threads = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    # Ray's workers are nice by default: a busy neighbour on the same cores would starve them past every limit here.
+    threads = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     return {**kept, **threads, "LBP_RAY_ROOT": str(root), "PYTHONPATH": str(ROOT), **extra}
 
 
