@@ -140,7 +140,7 @@ def test_edited_split_is_refused(root, output, refusal, tmp_path):
         ("paths.annotations=/nowhere/a.xml", "annotation file not found"),
         ("paths.runs=runs", "absolute path"),
         ("recipe.threads=64", "lower recipe.threads"),
-        ("slice_counts=[1,15]", "no study of the store yields a crop"),
+        ("slice_counts=[1,21]", "no study of the store yields a crop"),
         ("split.folds=12", "patients of each class"),
     ],
 )
