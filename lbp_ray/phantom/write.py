@@ -313,8 +313,8 @@ def _write_choices(
 ) -> None:
     """Write the annotated slices, the template slices and a pseudonym key.
 
-    The key follows from the seed, so that a synthetic study gives the same splits and numbers wherever it is made. A key
-    for patients must never be made like this.
+    The key follows from the seed, so that a synthetic study gives the same splits and numbers wherever it is made. A
+    key for patients must never be made like this.
     """
     analysed = np.flatnonzero(exams.label >= 0)
     annotated = rng.permutation(analysed)[: config.cohort.annotated or len(analysed)]
