@@ -11,6 +11,7 @@ The rooms, in the order the data meets them:
 - ``annotations``: CVAT rectangles per annotated slice.
 - ``contact_sheet``: a picture of what was cropped.
 - ``roi``: rectangles to centroid to fixed crops, written as a crops artefact.
+- ``export``: crops as NIfTI and PNG, in the coordinates of their series.
 - ``prepare``: everything that all trials of a study share, validated before any training.
 - ``nets``: plain modules and where their weights come from.
 - ``features``: frozen-backbone features of every slice, computed once, shared by every trial.

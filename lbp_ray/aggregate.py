@@ -95,7 +95,7 @@ def _address(
             "trials": [spec.trial_id for spec in specs],
             "evaluation": config.evaluation.model_dump(mode="json"),
             "name": config.name,
-            "statements": config.statements,
+            "statements": (*config.statements, *prepared.statements),
             "environment": environment,
             "store": prepared.store_hash,
             "funnel": [step.model_dump() for step in prepared.funnel],
@@ -117,7 +117,7 @@ def _study_result(
     inside = split[split["fold"] != HOLDOUT]
     return StudyResult(
         name=config.name,
-        statements=config.statements,
+        statements=(*config.statements, *prepared.statements),
         config=config.model_dump(mode="json", exclude={"paths", "compute", "statements"}),
         hashes={
             "store": prepared.store_hash,

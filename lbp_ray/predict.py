@@ -25,7 +25,8 @@ from lbp_ray.roi import Box, Excluded, choose_neighbours, place_box
 from lbp_ray.splits import HOLDOUT
 from preprocess.commit import write_atomic
 from preprocess.exam import ConvertedExam, convert_exam
-from preprocess.midsagittal import MidsagittalChoice, find_midsagittal, load_midsagittal, load_templates
+from preprocess.midsagittal import TEMPLATE, load_midsagittal
+from preprocess.template_match import MidsagittalChoice, find_midsagittal, load_templates
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,7 +114,8 @@ def describe_predictor(
     rows = (table["centroid_row"] - table["image_rows"] / 2) * table["row_spacing_mm"]
     columns = (table["centroid_column"] - table["image_columns"] / 2) * table["column_spacing_mm"]
     middle = load_midsagittal(prepared.midsagittal)
-    middle = middle[middle["study_id"].isin(inside)]
+    # Numbers of an exam whose slice was corrected are those of a slice that was wrong.
+    middle = middle[middle["study_id"].isin(inside) & (middle["source"] == TEMPLATE)]
     predictors = {}
     for count in config.slice_counts:
         chosen = [folder for spec, folder in zip(specs, folders, strict=True) if spec.cell.num_slices == count]
@@ -122,7 +124,7 @@ def describe_predictor(
             predictors[count] = SliceCountPredictor(models=models, threshold=_threshold(chosen, prepared, config))
     return Predictor(
         name=config.name,
-        statements=config.statements,
+        statements=(*config.statements, *prepared.statements),
         templates=prepared.midsagittal / "templates.npz",
         box_height_px=config.roi.height_px,
         box_width_px=config.roi.width_px,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -14,9 +14,11 @@ from lbp_ray.nets.weights import load_backbone_weights, weights_sha256
 from lbp_ray.result import FunnelStep
 from lbp_ray.roi import CropRequest, Crops, build_crops
 from lbp_ray.runs import RunError, RunPaths
-from lbp_ray.splits import HOLDOUT, check_split, holdout_commitment, make_split, split_hash
+from lbp_ray.splits import HOLDOUT, SplitError, check_split, holdout_commitment, make_split, split_hash
 from preprocess.commit import canonical_json, committed_directory, content_id
+from preprocess.midsagittal import CONTRAST
 from preprocess.store import SliceStore
+from preprocess.template_match import load_templates
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -67,6 +69,8 @@ class Prepared:
     funnel: tuple[FunnelStep, ...]
     groups: dict[str, int]
     acquisition: dict[str, str]
+    statements: tuple[str, ...] = ()
+    """What the report must say of this preparation, beside the configuration's own statements."""
 
 
 def prepare(config: StudyConfig) -> Prepared:
@@ -81,13 +85,15 @@ def prepare(config: StudyConfig) -> Prepared:
     """
     paths = RunPaths(config.paths.runs, config.name)
     weights = load_backbone_weights(config.recipe.weights, seed=config.recipe.weights_seed)
-    store = SliceStore.open(config.paths.store)
+    store = SliceStore.open(config.paths.store, contrast=CONTRAST)
     midsagittal = config.paths.midsagittal or find_midsagittal_artefact(config.paths.store, store.content_hash)
     crops = _crops(config, paths, store, midsagittal)
     exams = _exams(config.paths.questionnaire, store)
     task = exams[exams["label"].notna()]
     analysed = task[task["study_id"].isin(crops.table["study_id"])]
-    split = _split(config, paths, analysed)
+    template_patients = frozenset(load_templates(midsagittal / "templates.npz").patient_ids)
+    split = _split(config, paths, analysed, template_patients)
+    statements = _check_templates(config, split, template_patients)
     inside = int((split.table["fold"] != HOLDOUT).sum())
     reasons = crops.excluded[crops.excluded["study_id"].isin(task["study_id"])]["reason"].value_counts()
     funnel = (
@@ -107,6 +113,7 @@ def prepare(config: StudyConfig) -> Prepared:
         funnel=funnel,
         groups={str(name): int(count) for name, count in exams["group"].value_counts().items()},
         acquisition=_acquisition(store.manifest),
+        statements=statements,
     )
 
 
@@ -132,10 +139,16 @@ def find_midsagittal_artefact(store: Path, store_hash: str) -> Path:
     if len(found) == 1:
         return found[0]
     msg = (
-        f"{len(found)} mid-sagittal artefacts of this store under {parent}, exactly one is required; "
-        "run `python -m preprocess` with --templates, or name one as paths.midsagittal"
+        f"{len(found)} mid-sagittal artefacts of this store under {parent}{_listed(found, metas)}, exactly one is "
+        "required; run `python -m preprocess` with --templates, or name one as paths.midsagittal"
     )
     raise RunError(msg)
+
+
+def _listed(found: list[Path], metas: dict[Path, dict[str, Any]]) -> str:
+    """Tell several artefacts apart by what differs."""
+    notes = [f"{folder.name} with {metas[folder].get('corrections', 0)} correction(s)" for folder in found]
+    return f" ({', '.join(notes)})" if notes else ""
 
 
 def _exams(questionnaire: Path, store: SliceStore) -> pd.DataFrame:
@@ -157,7 +170,8 @@ def _exams(questionnaire: Path, store: SliceStore) -> pd.DataFrame:
     return label_exams(rows)
 
 
-def _split(config: StudyConfig, paths: RunPaths, analysed: pd.DataFrame) -> Split:
+def _split(config: StudyConfig, paths: RunPaths, analysed: pd.DataFrame, templates: frozenset[str]) -> Split:
+    """Open the split of these exams, or draw it; other templates do not draw another, which would unseal patients."""
     exams = analysed[["study_id", "patient_id", "label"]].astype({"label": int})
     address = content_id(
         {
@@ -169,7 +183,13 @@ def _split(config: StudyConfig, paths: RunPaths, analysed: pd.DataFrame) -> Spli
     folder = paths.split(address)
     if not folder.is_dir():
         wanted = config.split
-        split = make_split(exams, folds=wanted.folds, holdout_fraction=wanted.holdout_fraction, seed=wanted.seed)
+        split = make_split(
+            exams,
+            folds=wanted.folds,
+            holdout_fraction=wanted.holdout_fraction,
+            seed=wanted.seed,
+            never_holdout=frozenset() if config.midsagittal.allow_holdout_templates else templates,
+        )
         table = split.merge(exams[["study_id", "label"]], on="study_id")
         table["label"] = table["label"].astype("Int64").mask(table["fold"] == HOLDOUT)
         meta = {
@@ -180,6 +200,31 @@ def _split(config: StudyConfig, paths: RunPaths, analysed: pd.DataFrame) -> Spli
             table.to_parquet(partial / "split.parquet", index=False)
             (partial / "split.json").write_text(canonical_json(meta))
     return Split.open(folder)
+
+
+def _check_templates(config: StudyConfig, split: Split, templates: frozenset[str]) -> tuple[str, ...]:
+    """Refuse sealed patients whose slices are templates; where they are allowed, return what the report must say.
+
+    Raises
+    ------
+    SplitError
+        Naming the first such patient.
+    """
+    sealed = split.table.loc[split.table["fold"] == HOLDOUT, "patient_id"]
+    shown = sorted(templates & set(sealed))
+    if not shown:
+        return ()
+    if config.midsagittal.allow_holdout_templates:
+        return (
+            f"{len(shown)} patient(s) of the sealed hold-out gave template slices for the mid-sagittal choice: "
+            "the hold-out is not untouched.",
+        )
+    msg = (
+        f"patient {shown[0]} ({len(shown)} such patient(s)) is sealed in {split.folder}, but a slice of theirs is a "
+        "mid-sagittal template: the hold-out would not be untouched; choose templates of other patients, or set "
+        "midsagittal.allow_holdout_templates=true and have the report say so"
+    )
+    raise SplitError(msg)
 
 
 def _training_labels(table: pd.DataFrame) -> dict[str, int]:

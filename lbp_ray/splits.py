@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,14 @@ class SplitError(ValueError):
     """A split that cannot be made, or one that would leak."""
 
 
-def make_split(exams: pd.DataFrame, *, folds: int, holdout_fraction: float, seed: int) -> pd.DataFrame:
+def make_split(
+    exams: pd.DataFrame,
+    *,
+    folds: int,
+    holdout_fraction: float,
+    seed: int,
+    never_holdout: frozenset[str] = frozenset(),
+) -> pd.DataFrame:
     """Assign every exam to the hold-out or to one fold.
 
     Patients are drawn, not exams: a patient is positive if any exam is, and all exams follow their patient.
@@ -36,6 +44,8 @@ def make_split(exams: pd.DataFrame, *, folds: int, holdout_fraction: float, seed
         Share of patients to seal away; 0 keeps none.
     seed
         Seed of both draws.
+    never_holdout
+        Patients that stay outside the hold-out, such as those whose slices are templates; others are drawn instead.
 
     Returns
     -------
@@ -58,10 +68,8 @@ def make_split(exams: pd.DataFrame, *, folds: int, holdout_fraction: float, seed
     fold_of_patient = pd.Series(HOLDOUT, index=patients["patient_id"], name="fold")
     kept = np.arange(len(patients))
     if holdout_fraction:
-        kept, _ = train_test_split(
-            kept, test_size=holdout_fraction, stratify=patients["label"], shuffle=True, random_state=seed
-        )
-        kept = np.sort(kept)
+        sealed = _draw_holdout(patients, holdout_fraction, seed, never_holdout)
+        kept = np.setdiff1d(kept, sealed)
     labels = patients["label"].to_numpy()[kept]
     splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
     for fold, (_, members) in enumerate(splitter.split(kept, labels)):
@@ -71,6 +79,22 @@ def make_split(exams: pd.DataFrame, *, folds: int, holdout_fraction: float, seed
     check_split(split)
     _check_balance(patients.assign(fold=fold_of_patient.to_numpy()))
     return split
+
+
+def _draw_holdout(patients: pd.DataFrame, fraction: float, seed: int, never: frozenset[str]) -> np.ndarray:
+    """Draw rows of patients to seal, stratified by label."""
+    eligible = np.flatnonzero(~patients["patient_id"].isin(never))
+    size = math.ceil(fraction * len(patients))
+    labels = patients["label"].to_numpy()[eligible]
+    if min((labels == 0).sum(), (labels == 1).sum(), len(eligible) - size) < 2:
+        msg = (
+            f"a hold-out of {size} patients needs at least {size + 2} that no template shows, two of each class, found "
+            f"{(labels == 0).sum()} and {(labels == 1).sum()} in the classes; choose templates of fewer patients, or "
+            "set split.holdout_fraction to 0"
+        )
+        raise SplitError(msg)
+    _, sealed = train_test_split(eligible, test_size=size, stratify=labels, shuffle=True, random_state=seed)
+    return np.asarray(sealed)
 
 
 def check_split(split: pd.DataFrame) -> None:

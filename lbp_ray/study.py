@@ -66,6 +66,14 @@ class SplitConfig(FrozenModel):
     """Share of patients sealed away before any training; 0 keeps none."""
 
 
+class MidsagittalConfig(FrozenModel):
+    """How the study may use the mid-sagittal artefact."""
+
+    allow_holdout_templates: bool = False
+    """Accept templates of sealed patients: their slices then shape where every exam is cropped, and the report says so.
+    Otherwise a patient with a template is never sealed, and a sealed one with a template is refused."""
+
+
 class Recipe(FrozenModel):
     """How one network is trained: everything that changes its numbers."""
 
@@ -157,6 +165,7 @@ class StudyConfig(FrozenModel):
     paths: PathsConfig
     roi: RoiConfig = RoiConfig()
     split: SplitConfig = SplitConfig()
+    midsagittal: MidsagittalConfig = MidsagittalConfig()
     recipe: Recipe = Recipe()
     slice_counts: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 3, 5)
     """Odd numbers of adjacent slices around the mid-sagittal one."""

@@ -11,7 +11,14 @@ The rooms, in the order the data meets them:
 - ``store``: the contract: schema, writer, reader and verification of the Zarr slice store.
 - ``convert``: one stack to one committed series: the unit of work.
 - ``uid_index``: the private index of which identifiers became which pseudonyms.
-- ``midsagittal``: volume to mid-sagittal slice by FFT correlation with templates.
+- ``manifest_scan``: a few columns of the manifest, one part at a time: what a driver may hold.
+- ``template_match``: volume to mid-sagittal slice by FFT correlation with templates.
+- ``corrections``: mid-sagittal slices corrected by hand, accepted whole or not at all.
+- ``png``: pixels to PNG.
+- ``contact_sheet``: pages and a picture of the chosen slices, what needs a look first.
+- ``midsagittal``: the choice for every study of a store: found, corrected, flagged, shown.
+- ``export``: series of a store as NIfTI and PNG.
+- ``describe``: what a store holds, in words.
 - ``accounting``: one terminal state per file; the private and the shareable report.
 - ``pipeline``: the order of all this, on whatever runs the tasks.
 - ``mapper``: where many calls of one function run.

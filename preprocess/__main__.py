@@ -1,21 +1,22 @@
-"""``python -m preprocess``: convert (the default), link, verify, inspect."""
+"""``python -m preprocess``: convert (the default), midsagittal, link, export, verify, inspect."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from preprocess.mapper import map_here
-from preprocess.pipeline import ConvertJob, Outcome, StorePaths, convert_tree
+from preprocess.mapper import Mapper, map_here
+from preprocess.pipeline import ConvertJob, StorePaths, choose_again, convert_tree
+from preprocess.select import CONTRASTS, Policy, read_overrides
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-COMMANDS = ("convert", "link", "verify", "inspect")
+COMMANDS = ("convert", "midsagittal", "link", "export", "verify", "inspect")
 DEFAULT_MAX_QUARANTINE = 0.05
 """Share of quarantined files above which a conversion ends with a non-zero exit code."""
 
@@ -31,19 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m preprocess", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="{" + ",".join(COMMANDS) + "}")
-    convert = commands.add_parser("convert", help="DICOM tree to slice store (may be left out)")
-    convert.add_argument("dicom_dir", type=Path)
-    convert.add_argument("--out", type=Path, required=True, help="the store, ends in .zarr")
-    convert.add_argument("--templates", type=Path, help="CSV with SOPInstanceUID of hand-picked mid-sagittal slices")
-    convert.add_argument("--key-file", type=Path, help="pseudonym key (mode 0600); default: made beside the store")
-    convert.add_argument("--num-cpus", type=int, help="CPUs of the local Ray cluster; 0 runs in this process")
-    convert.add_argument("--max-quarantine", type=float, default=DEFAULT_MAX_QUARANTINE, metavar="SHARE")
-    convert.set_defaults(run=_convert)
+    _add_convert(commands.add_parser("convert", help="DICOM tree to slice store (may be left out)"))
+    midsagittal = commands.add_parser("midsagittal", help="choose mid-sagittal slices again, with other templates")
+    midsagittal.add_argument("store", type=Path)
+    midsagittal.add_argument("--templates", type=Path, required=True, help="CSV of hand-picked mid-sagittal slices")
+    midsagittal.add_argument("--corrections", type=Path, help="CSV study_id,slice_index of slices corrected by hand")
+    midsagittal.add_argument("--num-cpus", type=int, help="CPUs of the local Ray cluster; 0 runs in this process")
+    midsagittal.set_defaults(run=_midsagittal)
     link = commands.add_parser("link", help="labels, gradings and annotations to the store's pseudonyms")
     link.add_argument("store", type=Path)
     link.add_argument("--out", type=Path, required=True)
@@ -52,16 +55,51 @@ def _parser() -> argparse.ArgumentParser:
     link.add_argument("--keep-text", action="append", default=[], metavar="COLUMN", help="let a text column pass")
     link.add_argument("--allow-unlinked", action="store_true", help="write what links, though some rows do not")
     link.set_defaults(run=_link)
-    for name, run in (("verify", _verify), ("inspect", _inspect)):
-        command = commands.add_parser(name)
-        command.add_argument("store", type=Path)
-        command.set_defaults(run=run)
+    export = commands.add_parser("export", help="series to NIfTI or PNG")
+    export.add_argument("store", type=Path)
+    export.add_argument("--out", type=Path, required=True)
+    export.add_argument("--series", action="append", default=[], metavar="SERIES_ID", help="default: every series")
+    export.add_argument("--format", choices=("nifti", "png", "png16"), default="nifti")
+    export.set_defaults(run=_export)
+    verify = commands.add_parser("verify", help="read everything and name every fault")
+    verify.add_argument("store", type=Path)
+    verify.add_argument("--num-cpus", type=int, help="CPUs of the local Ray cluster; 0 runs in this process")
+    verify.set_defaults(run=_verify)
+    inspect = commands.add_parser("inspect", help="print what is inside")
+    inspect.add_argument("store", type=Path)
+    inspect.set_defaults(run=_inspect)
     return parser
 
 
+def _add_convert(convert: argparse.ArgumentParser) -> None:
+    convert.add_argument("dicom_dir", type=Path)
+    convert.add_argument("--out", type=Path, required=True, help="the store, ends in .zarr")
+    convert.add_argument("--templates", type=Path, help="CSV of hand-picked mid-sagittal slices")
+    convert.add_argument("--corrections", type=Path, help="CSV study_id,slice_index of slices corrected by hand")
+    convert.add_argument("--key-file", type=Path, help="pseudonym key (mode 0600); default: made beside the store")
+    convert.add_argument("--mapping-table", type=Path, help="write the private table of identifiers and pseudonyms")
+    convert.add_argument(
+        "--overrides", type=Path, help="CSV series,action: use or skip a series whatever the rules say"
+    )
+    convert.add_argument("--contrast", action="append", choices=CONTRASTS, help="default: t2_sagittal; may be repeated")
+    convert.add_argument("--stir", choices=("exclude", "fat_suppressed"), default="exclude", help="what STIR counts as")
+    convert.add_argument(
+        "--fat-suppressed",
+        choices=("exclude", "fallback"),
+        default="exclude",
+        help="whether a fat-suppressed T2 stack stands in for an exam without a plain one",
+    )
+    convert.add_argument("--allow-gaps", action="store_true", help="convert stacks in which slices are missing")
+    convert.add_argument("--dates", choices=("drop", "shift"), default="drop")
+    convert.add_argument("--num-cpus", type=int, help="CPUs of the local Ray cluster; 0 runs in this process")
+    convert.add_argument("--max-quarantine", type=float, default=DEFAULT_MAX_QUARANTINE, metavar="SHARE")
+    convert.set_defaults(run=_convert)
+
+
 def _convert(options: argparse.Namespace) -> int:
-    job = ConvertJob(options.dicom_dir, options.out, options.templates, options.key_file)
-    outcome = _run(job, options.num_cpus)
+    inputs = (options.templates, options.corrections, options.key_file, options.mapping_table, options.overrides)
+    with _mapper(options.num_cpus, [options.dicom_dir, options.out, *inputs]) as mapper:
+        outcome = convert_tree(_job(options), mapper)
     print(outcome.summary.to_text())
     if outcome.midsagittal:
         print(f"mid-sagittal slices: {outcome.midsagittal}")
@@ -77,23 +115,56 @@ def _convert(options: argparse.Namespace) -> int:
         )
         return 1
     if not outcome.summary.series_stored:
-        print(f"error: no sagittal T2 series was found; {paths.report / 'stacks.csv'} says why", file=sys.stderr)
+        wanted = ", ".join(options.contrast or ["t2_sagittal"])
+        print(f"error: no {wanted} series was found; {paths.report / 'stacks.csv'} says why", file=sys.stderr)
         return 1
     return 0
 
 
-def _run(job: ConvertJob, num_cpus: int | None) -> Outcome:
+def _job(options: argparse.Namespace) -> ConvertJob:
+    policy = Policy(
+        contrasts=tuple(dict.fromkeys(options.contrast or ["t2_sagittal"])),
+        stir=options.stir,
+        fat_suppressed=options.fat_suppressed,
+        allow_gaps=options.allow_gaps,
+        overrides=read_overrides(options.overrides) if options.overrides else {},
+    )
+    return ConvertJob(
+        _absolute(options.dicom_dir),
+        _absolute(options.out),
+        templates=options.templates,
+        corrections=options.corrections,
+        key_file=options.key_file,
+        mapping_table=options.mapping_table,
+        policy=policy,
+        shift_dates=options.dates == "shift",
+    )
+
+
+def _absolute(path: Path) -> Path:
+    """Make a path mean the same in every process."""
+    return path.absolute()
+
+
+@contextmanager
+def _mapper(num_cpus: int | None, given: Sequence[Path | None]) -> Iterator[Mapper]:
+    """Yield where tasks run: on Ray, or in this process when no CPU is asked for."""
     from preprocess.job import connect, map_on_ray, require_absolute
 
-    given = (job.dicom_dir, job.out, job.templates, job.key_file)
     require_absolute([path for path in given if path is not None])
     if num_cpus == 0:
-        return convert_tree(job, map_here)
-    absolute = [path.absolute() if path is not None else None for path in given]
-    assert absolute[0] is not None
-    assert absolute[1] is not None
+        yield map_here
+        return
     with connect(num_cpus):
-        return convert_tree(ConvertJob(absolute[0], absolute[1], absolute[2], absolute[3]), map_on_ray)
+        yield map_on_ray
+
+
+def _midsagittal(options: argparse.Namespace) -> int:
+    store = _absolute(options.store)
+    with _mapper(options.num_cpus, [options.store, options.templates, options.corrections]) as mapper:
+        artefact = choose_again(StorePaths(store), options.templates, options.corrections, mapper)
+    print(f"mid-sagittal slices: {artefact}")
+    return 0
 
 
 def _link(options: argparse.Namespace) -> int:
@@ -108,10 +179,19 @@ def _link(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    from preprocess.export import export_store
+
+    written = export_store(options.store, options.out, options.format, series_ids=options.series or None)
+    print(f"{written} series written to {options.out}")
+    return 0
+
+
 def _verify(options: argparse.Namespace) -> int:
     from preprocess.store import verify_store
 
-    findings = verify_store(options.store)
+    with _mapper(options.num_cpus, [options.store]) as mapper:
+        findings = verify_store(_absolute(options.store), mapper)
     for finding in findings:
         print(f"{finding.series_id}  {finding.fault}")
     print(f"{options.store}: {len(findings)} fault(s)" if findings else f"{options.store}: sound")
@@ -119,19 +199,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from preprocess.store import SliceStore
+    from preprocess.describe import describe_store
 
-    store = SliceStore.open(options.store)
-    manifest = store.manifest
-    print(f"{store.path}  hash {store.content_hash}")
-    print(f"{manifest['patient_id'].nunique()} patients, {manifest['study_id'].nunique()} exams, {len(store)} series")
-    for name in ("contrast", "confidence", "manufacturer", "dtype"):
-        counts = sorted(Counter(manifest[name]).items())
-        print(f"{name}: " + ", ".join(f"{value} {count}" for value, count in counts))
-    sizes = ("num_slices", "rows", "columns", "spacing_slice_mm", "spacing_row_mm")
-    for name in (*sizes, "echo_time_ms", "repetition_time_ms"):
-        low, high = manifest[name].min(), manifest[name].max()
-        print(f"{name}: {low:g}" + ("" if low == high else f" to {high:g}"))
+    print(describe_store(options.store))
     return 0
 
 

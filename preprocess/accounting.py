@@ -1,7 +1,7 @@
-"""One terminal state per file: the codes, and the two reports that add them up.
+"""One terminal state per file: the codes, and what the two reports say about files and stacks.
 
 The private report names paths and lives in the private folder (mode 0600). The shareable one knows pseudonyms, codes
-and counts only. Both are sorted, so equal trees give equal bytes.
+and counts only. Both are sorted by study pseudonym and then by path or series, so equal trees give equal bytes.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ import io
 import json
 from collections import Counter
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
-
-from preprocess.commit import commit_point, write_atomic
+from typing import TYPE_CHECKING, Literal, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
+    from collections.abc import Iterable, Mapping, Sequence
 
 State = Literal["converted", "skipped", "quarantined"]
 
@@ -28,6 +25,7 @@ SKIPPED = {
     "acquisition_3d": "a 3D acquisition",
     "archive": "an archive; unpack it to have it read",
     "body_part": "the header names another body part",
+    "dixon": "a fat or opposed-phase image of a Dixon sequence",
     "dicomdir": "an index of a medium, no image",
     "derived": "computed from other images (map, projection, reformat, subtraction)",
     "diffusion": "diffusion weighted",
@@ -41,17 +39,19 @@ SKIPPED = {
     "mosaic": "slices tiled in one image",
     "multi_echo": "one of three or more echoes of a relaxation map",
     "no_pixels": "DICOM without an image (report, segmentation, presentation state, ...)",
-    "not_best": "a sagittal T2 stack, but another of this exam ranks higher",
+    "not_best": "of a wanted contrast, but another stack of this exam ranks higher",
     "not_dicom": "no DICOM file",
     "not_magnitude": "phase, real or imaginary part",
     "not_mr": "another modality than MR",
     "not_sagittal": "the slices are not sagittal",
+    "overridden": "left out by the override file",
     "proton_density": "proton-density weighted",
     "rgb": "a colour image",
     "secondary_capture": "a screenshot or scan",
     "special_file": "a pipe, socket or device",
     "symlink": "a symbolic link; links are not followed",
     "t1_weighted": "T1 weighted",
+    "t2_weighted": "T2 weighted, which was not asked for",
     "too_few_slices": "fewer parallel slices than a stack needs",
     "unknown_contrast": "neither echo and repetition time nor a description tell the contrast",
 }
@@ -63,12 +63,12 @@ QUARANTINED = {
     "changed_after_commit": "the store already holds this exam from other files; convert into a new store",
     "conflicting_duplicate": "two files claim one object id and differ",
     "decode_error": "the pixel data cannot be decoded",
-    "decoder_crash": "the decoder killed its process, twice",
+    "decoder_crash": "the decoder killed its process, also alone",
     "duplicate_position": "two images at one slice position",
     "gap": "a slice is missing",
     "internal_error": "an unforeseen error; the private report names its type",
     "mixed_pixels": "pixel types within the stack do not fit one 16-bit type",
-    "multiframe": "an enhanced multi-frame image: not yet converted",
+    "multiframe": "a multi-frame image without functional groups, so without the geometry of its frames",
     "no_exam_id": "study or series instance UID is missing",
     "no_geometry": "position, orientation or pixel spacing is missing or invalid",
     "no_patient_id": "no patient id: the exam cannot be kept apart from others",
@@ -101,6 +101,12 @@ def state_of(code: str) -> State:
     return "quarantined"
 
 
+def strongest(codes: Iterable[str]) -> str:
+    """Return the terminal code of a file from those of its images: converted before quarantined before skipped."""
+    order = ("converted", "quarantined", "skipped")
+    return min(codes, key=lambda code: (order.index(state_of(code)), code))
+
+
 @dataclass(frozen=True, slots=True)
 class FileOutcome:
     """What became of one walked file. Private: it names the path."""
@@ -115,18 +121,14 @@ class FileOutcome:
     series_id: str
     """Pseudonym of the stack, empty when the file belongs to none."""
 
-    @property
-    def state(self) -> State:
-        """Terminal state."""
-        return state_of(self.code)
-
 
 @dataclass(frozen=True, slots=True)
 class StackOutcome:
-    """How one stack was judged; shareable."""
+    """How one stack was judged; shareable, and kept in the store as a candidate."""
 
     study_id: str
     series_id: str
+    contrast: str
     code: str
     confidence: str
     evidence: str
@@ -136,6 +138,16 @@ class StackOutcome:
     columns: int
     echo_time_ms: float | None
     repetition_time_ms: float | None
+
+
+FILE_COLUMNS = (*(field.name for field in fields(FileOutcome)), "state")
+"""Columns of the private file report."""
+
+COUNT_COLUMNS = ("study_id", "series_id", "state", "code", "num_files")
+"""Columns of the shareable file report."""
+
+STACK_COLUMNS = tuple(field.name for field in fields(StackOutcome))
+"""Columns of the shareable stack report."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +160,26 @@ class Summary:
     exams_seen: int
     series_stored: int
     store_hash: str
+
+    @classmethod
+    def of(
+        cls, codes: Counter[str], *, files_walked: int, exams_seen: int, series_stored: int, store_hash: str
+    ) -> Self:
+        """Add up; every walked file must have exactly one code."""
+        heads: Counter[str] = Counter()
+        states: Counter[str] = Counter()
+        for code, count in codes.items():
+            heads[code.partition(":")[0]] += count
+            states[state_of(code)] += count
+        assert states.total() == files_walked, (states.total(), files_walked)
+        return cls(
+            files_walked=files_walked,
+            states={state: states[state] for state in ("converted", "skipped", "quarantined")},
+            codes=dict(sorted(heads.items())),
+            exams_seen=exams_seen,
+            series_stored=series_stored,
+            store_hash=store_hash,
+        )
 
     @property
     def quarantined_share(self) -> float:
@@ -162,58 +194,39 @@ class Summary:
             lines.append(f"  {count:8d}  {state_of(code):11s}  {code}: {meaning}")
         return "\n".join(lines)
 
-
-def summarise(files: list[FileOutcome], *, files_walked: int, series_stored: int, store_hash: str) -> Summary:
-    """Add up the outcomes; every walked file must have exactly one."""
-    assert len({file.path for file in files}) == len(files) == files_walked
-    states = Counter(file.state for file in files)
-    return Summary(
-        files_walked=files_walked,
-        states={state: states[state] for state in ("converted", "skipped", "quarantined")},
-        codes=dict(sorted(Counter(file.code.partition(":")[0] for file in files).items())),
-        exams_seen=len({file.study_id for file in files if file.study_id}),
-        series_stored=series_stored,
-        store_hash=store_hash,
-    )
+    def to_json(self) -> bytes:
+        """Render for programs."""
+        totals = {field.name: getattr(self, field.name) for field in fields(self)}
+        return json.dumps(totals, indent=1, sort_keys=True).encode() + b"\n"
 
 
-def write_reports(
-    private: Path, shareable: Path, files: list[FileOutcome], stacks: list[StackOutcome], summary: Summary
-) -> None:
-    """Write the private file list, and the shareable counts, candidates and totals.
-
-    Parameters
-    ----------
-    private
-        Private folder; gets ``files.csv`` (0600).
-    shareable
-        Shareable folder; gets ``files.csv`` (state, code and count per stack), ``stacks.csv`` and ``summary.json``.
-    files, stacks
-        Outcomes, in any order.
-    summary
-        Their totals.
-    """
-    commit_point("reports:before")
+def file_lines(files: Iterable[FileOutcome]) -> bytes:
+    """Render outcomes as lines of the private file report, sorted by path."""
     by_path = sorted(files, key=lambda file: file.path)
-    names = [field.name for field in fields(FileOutcome)]
-    private_rows = ([*(getattr(file, name) for name in names), file.state] for file in by_path)
-    write_atomic(private / "files.csv", to_csv([*names, "state"], private_rows), mode=0o600)
-    counts = Counter((file.study_id, file.series_id, file.state, file.code.partition(":")[0]) for file in files)
-    counted = ([*key, count] for key, count in sorted(counts.items()))
-    write_atomic(shareable / "files.csv", to_csv(["study_id", "series_id", "state", "code", "num_files"], counted))
-    names = [field.name for field in fields(StackOutcome)]
+    return csv_lines([*(getattr(file, name) for name in FILE_COLUMNS[:-1]), state_of(file.code)] for file in by_path)
+
+
+def count_lines(counts: Mapping[tuple[str, str, str], int]) -> bytes:
+    """Render (study, series, code) → number of files as lines of the shareable file report."""
+    merged: Counter[tuple[str, str, str, str]] = Counter()
+    for (study_id, series_id, code), count in counts.items():
+        merged[study_id, series_id, state_of(code), code.partition(":")[0]] += count
+    return csv_lines([*key, count] for key, count in sorted(merged.items()))
+
+
+def stack_lines(stacks: Iterable[StackOutcome]) -> bytes:
+    """Render outcomes as lines of the shareable stack report."""
     by_id = sorted(stacks, key=lambda stack: (stack.study_id, stack.series_id))
-    judged = ([getattr(stack, name) for name in names] for stack in by_id)
-    write_atomic(shareable / "stacks.csv", to_csv(names, judged))
-    totals = {field.name: getattr(summary, field.name) for field in fields(Summary)}
-    write_atomic(shareable / "summary.json", json.dumps(totals, indent=1, sort_keys=True).encode() + b"\n")
-    commit_point("reports:after")
+    return csv_lines([getattr(stack, name) for name in STACK_COLUMNS] for stack in by_id)
 
 
-def to_csv(header: list[str], rows: Iterable[list[object]]) -> bytes:
-    """Render a table as CSV; undecodable file names keep their bytes."""
+def csv_lines(rows: Iterable[Sequence[object]]) -> bytes:
+    """Render rows as CSV; undecodable file names keep their bytes."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue().encode("utf-8", "surrogateescape")
+
+
+def to_csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
+    """Render a table as CSV."""
+    return csv_lines([header]) + csv_lines(rows)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 KILL_AT_VARIABLE = "LBP_RAY_KILL_AT"
 """Environment variable ``<commit point>@<marker file>``: die there, once, as ``kill -9`` would (tests only)."""
@@ -119,11 +119,17 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     mode
         Permission bits, set before the file has its final name.
     """
+    write_pieces(path, [data], mode=mode)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes], *, mode: int = 0o644) -> None:
+    """Write a file as `write_atomic` does, from pieces that need not all be in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f"{PARTIAL_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
     try:
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)

@@ -20,6 +20,7 @@ import secrets
 import stat
 import unicodedata
 import uuid
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +38,9 @@ KEY_BYTES = 32
 
 PSEUDONYM_BYTES = 16
 """128 bits of the HMAC: collisions are out of reach for any number of exams."""
+
+MAX_DATE_SHIFT_DAYS = 3650
+"""Longest shift of a patient's dates, where dates are shifted rather than dropped."""
 
 MANUFACTURERS = ("ge", "siemens", "philips", "toshiba", "canon", "hitachi", "fujifilm", "esaote", "uih", "bruker")
 """Closed list that Manufacturer is matched against (lower case, at its start); anything else becomes ``other``."""
@@ -102,6 +106,30 @@ class Pseudonymiser:
     def source(self, sop_uids: Sequence[str]) -> str:
         """Name of a set of objects: changes when a stack gains or loses one."""
         return self._mac("source", *sorted(sop_uids))
+
+    def shifted_date(self, issuer: str, patient_id: str, date: str) -> str:
+        """Move a date back by the patient's own offset of 1 to `MAX_DATE_SHIFT_DAYS` days; intervals are kept.
+
+        Parameters
+        ----------
+        issuer, patient_id
+            The patient.
+        date
+            DICOM date, ``YYYYMMDD``.
+
+        Returns
+        -------
+        str
+            ISO date, or empty if `date` is none.
+        """
+        offset = int.from_bytes(
+            base64.b32decode(self._mac("date", normalise(issuer), normalise(patient_id))[:8].upper())
+        )
+        try:
+            day = datetime.strptime(date.strip(), "%Y%m%d").date()
+            return (day - timedelta(days=1 + offset % MAX_DATE_SHIFT_DAYS)).isoformat()
+        except (ValueError, OverflowError):
+            return ""
 
     def _mac(self, domain: str, *parts: str) -> str:
         # Canonical JSON of the parts is unambiguous where a joined string would not be.

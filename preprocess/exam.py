@@ -79,12 +79,12 @@ def convert_exam(dicom_dir: Path | str) -> ConvertedExam:
     if not root.is_dir():
         msg = f"DICOM folder not found: {root}"
         raise ExamError(msg)
-    selection = select(index_files(str(root), walk(root)))
-    codes = dict(selection.settled)
+    selection = select(index_files(str(root), list(walk(root))))
+    codes = {row.path: code for row, code in selection.settled}
     for exam in selection.exams:
         for verdict in exam.verdicts:
             codes |= faulty_codes(verdict.stack, verdict.code or "not_best")
-    candidates = [exam for exam in selection.exams if exam.selected is not None]
+    candidates = [exam for exam in selection.exams if exam.selected]
     if len(candidates) != 1:
         msg = (
             f"{root} holds {len(candidates)} exams with a sagittal T2 stack, exactly one is required "
@@ -95,12 +95,11 @@ def convert_exam(dicom_dir: Path | str) -> ConvertedExam:
 
 
 def _convert(root: Path, exam: Exam, codes: dict[str, str]) -> ConvertedExam:
-    verdict = exam.selected
-    assert verdict is not None
+    (verdict,) = exam.selected
     try:
         volume = load_volume(root, verdict.stack)
     except (VolumeError, GeometryError) as error:
-        codes |= faulty_codes(verdict.stack, str(error), getattr(error, "paths", ()))
+        codes |= faulty_codes(verdict.stack, str(error), getattr(error, "faults", None))
         msg = f"the sagittal T2 stack in {root} cannot be converted: {error}: {QUARANTINED[str(error)]}"
         raise ExamError(msg, codes) from None
     identity = Identity.of(Pseudonymiser(secrets.token_bytes(KEY_BYTES)), exam, verdict.stack)

@@ -71,6 +71,8 @@ class StackGeometry:
     """Then the column order is reversed."""
     uneven: bool
     """Distances vary by more than the tolerance, but less than the limit."""
+    missing_mm: tuple[float, ...] = ()
+    """Positions along the normal, relative to the first slice, at which a slice is missing (gaps must be allowed)."""
 
 
 def slice_normal(orientation: Sequence[float]) -> np.ndarray:
@@ -96,13 +98,15 @@ def slice_normal(orientation: Sequence[float]) -> np.ndarray:
     return np.asarray(normal / np.linalg.norm(normal))
 
 
-def stack_geometry(rows: Sequence[FileRow]) -> StackGeometry:
+def stack_geometry(rows: Sequence[FileRow], *, allow_gaps: bool = False) -> StackGeometry:
     """Order a stack along its true normal and bring it to canonical orientation.
 
     Parameters
     ----------
     rows
         Headers of parallel, equally large slices, in any order.
+    allow_gaps
+        Accept a stack in which slices are missing, and say where.
 
     Returns
     -------
@@ -123,14 +127,15 @@ def stack_geometry(rows: Sequence[FileRow]) -> StackGeometry:
     points = np.array([row.position_mm for row in rows])
     along = points @ normal
     order = np.argsort(along, kind="stable")
-    pitch, uneven = _pitch(along[order])
-    step = (points[order[-1]] - points[order[0]]) / max(len(rows) - 1, 1) if len(rows) > 1 else normal * pitch
+    sorted_mm = along[order] - along[order[0]]
+    pitch, uneven, multiples = _pitch(sorted_mm, allow_gaps=allow_gaps)
+    step = (points[order[-1]] - points[order[0]]) / multiples.sum() if len(rows) > 1 else normal * pitch
     plane = _canonical_plane(reference, axis)
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = step, plane.row_step, plane.column_step
     return StackGeometry(
         order=tuple(int(index) for index in order),
-        positions_mm=tuple(_rounded(along[order] - along[order[0]])),
+        positions_mm=tuple(_rounded(sorted_mm)),
         spacing_slice_mm=_rounded([pitch])[0],
         spacing_row_mm=_rounded([float(np.linalg.norm(plane.row_step))])[0],
         spacing_column_mm=_rounded([float(np.linalg.norm(plane.column_step))])[0],
@@ -139,23 +144,31 @@ def stack_geometry(rows: Sequence[FileRow]) -> StackGeometry:
         flip_rows=plane.flip_rows,
         flip_columns=plane.flip_columns,
         uneven=uneven,
+        missing_mm=tuple(_rounded(_missing(sorted_mm, multiples))),
     )
 
 
-def _pitch(along_mm: np.ndarray) -> tuple[float, bool]:
-    """Median distance of sorted positions, and whether they are merely nearly even."""
-    if len(along_mm) == 1:
-        return 0.0, False
-    distances = np.diff(along_mm)
+def _pitch(sorted_mm: np.ndarray, *, allow_gaps: bool) -> tuple[float, bool, np.ndarray]:
+    """Median distance of sorted positions, whether they are merely nearly even, and each distance in pitches."""
+    if len(sorted_mm) == 1:
+        return 0.0, False, np.empty(0)
+    distances = np.diff(sorted_mm)
     if distances.min() < SAME_POSITION_MM:
         raise GeometryError("duplicate_position")
     pitch = float(np.median(distances))
-    deviation = np.abs(distances - pitch)
-    if deviation.max() <= SPACING_LIMIT * pitch:
-        return pitch, bool(deviation.max() > max(SPACING_TOLERANCE * pitch, SPACING_TOLERANCE_MM))
-    multiples = distances / pitch
-    near_multiple = np.abs(multiples - multiples.round()) <= SPACING_LIMIT
-    raise GeometryError("gap" if near_multiple.all() and multiples.max() > 1 + SPACING_LIMIT else "uneven_spacing")
+    multiples = (distances / pitch).round()
+    if np.any(multiples < 1) or np.any(np.abs(distances - multiples * pitch) > SPACING_LIMIT * pitch):
+        raise GeometryError("uneven_spacing")
+    if multiples.max() > 1 and not allow_gaps:
+        raise GeometryError("gap")
+    deviation = np.abs(distances - multiples * pitch)
+    return pitch, bool(deviation.max() > max(SPACING_TOLERANCE * pitch, SPACING_TOLERANCE_MM)), multiples
+
+
+def _missing(sorted_mm: np.ndarray, multiples: np.ndarray) -> list[float]:
+    """Positions of missing slices, spread evenly over the distances that are several pitches long."""
+    spans = zip(sorted_mm[:-1], sorted_mm[1:], multiples.astype(int), strict=True)
+    return [float(low + (high - low) * number / count) for low, high, count in spans for number in range(1, int(count))]
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,22 @@ identifiers, so they stay in memory or in the private folder.
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pydicom
 from pydicom import config as pydicom_config
 from pydicom.tag import Tag
-from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+from preprocess.enhanced import PER_FRAME, SHARED, TOP_TAGS, FrameError, frame_values, is_enhanced
+from preprocess.header import BoundedReader, Header, HeaderLimitError, Reader, Source, read_with_pydicom
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from pydicom.tag import BaseTag
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
 TAGS = {
     "SOPClassUID": "sop_class",
@@ -31,6 +32,7 @@ TAGS = {
     "PatientID": "patient_id",
     "IssuerOfPatientID": "issuer",
     "AccessionNumber": "accession",
+    "StudyDate": "study_date",
     "AcquisitionDate": "acquisition_date",
     "AcquisitionTime": "acquisition_time",
     "Modality": "modality",
@@ -76,27 +78,31 @@ NUMBER_TAGS = {
     "DiffusionBValue": "b_value",
     "AcquisitionNumber": "acquisition_number",
     "TemporalPositionIdentifier": "temporal_position",
+    "RescaleSlope": "rescale_slope",
+    "RescaleIntercept": "rescale_intercept",
 }
 """Numbers → field; absent or malformed ones are None."""
 
-VECTOR_TAGS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
-"""Geometry vectors → their length."""
+VECTOR_TAGS = {
+    "ImagePositionPatient": ("position_mm", 3),
+    "ImageOrientationPatient": ("orientation", 6),
+    "PixelSpacing": ("spacing_mm", 2),
+}
+"""Geometry vectors → field and length."""
 
-_TEXTS = [(Tag(name), field) for name, field in TAGS.items()]
-_LISTS = [(Tag(name), field) for name, field in LIST_TAGS.items()]
-_NUMBERS = [(Tag(name), field) for name, field in NUMBER_TAGS.items()]
-_VECTORS = [(Tag(name), length) for name, length in VECTOR_TAGS.items()]
-_FUNCTIONAL_GROUPS = Tag("SharedFunctionalGroupsSequence")
-_ALL_TAGS: list[BaseTag] = [
-    *(tag for tag, _ in (*_TEXTS, *_LISTS, *_NUMBERS, *_VECTORS)),
-    _FUNCTIONAL_GROUPS,
+_TEXTS: list[tuple[int, str]] = [(int(Tag(name)), field) for name, field in TAGS.items()]
+_LISTS: list[tuple[int, str]] = [(int(Tag(name)), field) for name, field in LIST_TAGS.items()]
+_NUMBERS: list[tuple[int, str]] = [(int(Tag(name)), field) for name, field in NUMBER_TAGS.items()]
+_VECTORS: list[tuple[int, str, int]] = [
+    (int(Tag(name)), field, length) for name, (field, length) in VECTOR_TAGS.items()
 ]
-_ASCII_TEXT = {"UI", "CS", "DS", "IS", "DA", "TM", "LO", "SH", "AE"}
-"""Value representations whose ASCII bytes are their text. Implicit VR has none and takes pydicom's way."""
+_ROW_TAGS: list[int] = [tag for tag, _ in (*_TEXTS, *_LISTS, *_NUMBERS)] + [tag for tag, _, _ in _VECTORS]
 
+_SOP_UID, _MATRIX_ROWS = int(Tag("SOPInstanceUID")), int(Tag("Rows"))
+_reader = Reader(_ROW_TAGS, leave=(SHARED, PER_FRAME))
 _SIGNATURES = ((b"PK\x03\x04", "zip"), (b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"7z\xbc\xaf", "7z"))
+_ARCHIVES = frozenset(name for _, name in _SIGNATURES)
 _MIN_FORCED_ELEMENT = 8
-_PIXEL_ELEMENTS = (0x0008, 0x0009, 0x0010)
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _DICOMDIR = "1.2.840.10008.1.3.10"
 
@@ -107,19 +113,24 @@ class WalkedFile:
 
     path: str
     """Relative to the tree, surrogate-escaped."""
-    size_bytes: int
     fault: str = ""
     """Code when the entry is not even opened (link, pipe, unlistable folder)."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileRow:
-    """What the header of one file says. Numbers are None and texts empty when absent."""
+    """What the header says of one image. Numbers are None and texts empty when absent."""
 
     path: str
     size_bytes: int
     fault: str = ""
     """Code that settles the file by itself, or empty for an image that selection decides on."""
+    mtime_ns: int = 0
+    """Modification time when the header was read; 0 for what is not opened."""
+    frame: int | None = None
+    """Index of the frame within the file's pixel data, from 0; None for the only image of a file."""
+    transfer_syntax: str = ""
+    """UID of the pixel encoding as the file's meta header has it; empty if it has none."""
     sop_class: str = ""
     sop_uid: str = ""
     study_uid: str = ""
@@ -127,6 +138,7 @@ class FileRow:
     patient_id: str = ""
     issuer: str = ""
     accession: str = ""
+    study_date: str = ""
     acquisition_date: str = ""
     acquisition_time: str = ""
     modality: str = ""
@@ -164,6 +176,9 @@ class FileRow:
     b_value: float | None = None
     acquisition_number: float | None = None
     temporal_position: float | None = None
+    rescale_slope: float | None = None
+    """Per image; enhanced images have it per frame. Value = slope x stored + intercept."""
+    rescale_intercept: float | None = None
     position_mm: tuple[float, ...] = ()
     """Image position (x, y, z) in patient LPS, mm: centre of the first pixel. Empty when absent."""
     orientation: tuple[float, ...] = ()
@@ -172,40 +187,47 @@ class FileRow:
     """Pixel spacing: between rows first, then between columns (DICOM's order). Empty when absent."""
 
 
-def walk(root: Path) -> list[WalkedFile]:
-    """List every entry below a folder that is not itself a listable folder, sorted by path.
+def walk(root: Path) -> Iterator[WalkedFile]:
+    """Name every entry below a folder that is not itself a listable folder; no file is opened or asked for its size.
 
-    Symbolic links are listed, never followed: a loop ends there.
+    The order is that of the names: a folder's own entries first, then its folders, depth first. One listing is held at
+    a time. Symbolic links are listed, never followed: a loop ends there.
+
+    Parameters
+    ----------
+    root
+        The tree.
+
+    Yields
+    ------
+    WalkedFile
+        Entries with paths relative to `root`.
     """
-    return sorted(_walk(root, ""), key=lambda entry: entry.path)
-
-
-def _walk(root: Path, prefix: str) -> Iterator[WalkedFile]:
-    pending = [prefix]
+    pending = [""]
     while pending:
         folder = pending.pop()
         try:
-            entries = list(os.scandir(root / folder))
+            with os.scandir(root / folder) as listing:
+                entries = sorted((entry.name, _kind(entry)) for entry in listing)
         except OSError:
-            yield WalkedFile(folder or ".", 0, "unreadable_folder")
+            yield WalkedFile(folder or ".", "unreadable_folder")
             continue
-        for entry in entries:
-            path = os.path.join(folder, entry.name)  # a relative string, ten times faster
-            if entry.is_symlink():
-                yield WalkedFile(path, 0, "symlink")
-            elif entry.is_dir():
-                pending.append(path)
-            elif entry.is_file():
-                yield WalkedFile(path, _size(entry))
-            else:
-                yield WalkedFile(path, 0, "special_file")
+        for name, kind in entries:
+            if kind != "folder":
+                yield WalkedFile(os.path.join(folder, name), kind)  # a relative string, ten times faster
+        pending += [os.path.join(folder, name) for name, kind in reversed(entries) if kind == "folder"]
 
 
-def _size(entry: os.DirEntry[str]) -> int:
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Tell ``folder``, empty for a file, or the code of what is neither; a stat only where the file system needs it."""
     try:
-        return entry.stat().st_size
+        if entry.is_symlink():
+            return "symlink"
+        if entry.is_dir(follow_symlinks=False):
+            return "folder"
+        return "" if entry.is_file(follow_symlinks=False) else "special_file"
     except OSError:
-        return 0
+        return "unreadable_file"
 
 
 def index_files(root: str, files: list[WalkedFile]) -> list[FileRow]:
@@ -221,48 +243,90 @@ def index_files(root: str, files: list[WalkedFile]) -> list[FileRow]:
     Returns
     -------
     list of FileRow
-        One per entry, in order. No error is raised for any content.
+        At least one per entry, in order; one per frame for enhanced multi-frame images. No error is raised for any
+        content.
     """
     pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return [index_file(root, file) for file in files]
+        return [row for file in files for row in index_file(root, file)]
 
 
-def index_file(root: str, file: WalkedFile) -> FileRow:
+def index_file(root: str, file: WalkedFile) -> list[FileRow]:
     """Read one header; see `index_files`."""
-    if file.fault or not file.size_bytes:
-        return FileRow(file.path, file.size_bytes, file.fault or "empty_file")
+    if file.fault:
+        return [FileRow(file.path, 0, file.fault)]
     try:
-        with Path(root, file.path).open("rb") as stream:
-            return _read(stream, file)
+        # Neither a link nor a pipe that took the file's place since the walk may lead away or block.
+        descriptor = os.open(f"{root}/{file.path}", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):  # ValueError: a path with a null byte
+        return [FileRow(file.path, 0, "unreadable_file")]
+    try:
+        found = os.fstat(descriptor)
+        opened = _OpenedFile(file.path, found.st_size, found.st_mtime_ns)
+        rows = _read_open(descriptor, opened, found.st_mode)
+        now = os.fstat(descriptor)
     except OSError:
-        return FileRow(file.path, file.size_bytes, "unreadable_file")
+        return [FileRow(file.path, 0, "unreadable_file")]
+    finally:
+        os.close(descriptor)
+    changed = (now.st_size, now.st_mtime_ns) != (found.st_size, found.st_mtime_ns)
+    return [opened.settled("unreadable_file:changed")] if changed else rows
+
+
+class _OpenedFile(NamedTuple):
+    """What the system says of a file."""
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+
+    def settled(self, code: str) -> FileRow:
+        return FileRow(self.path, self.size_bytes, code, self.mtime_ns)
+
+
+def _read_open(descriptor: int, file: _OpenedFile, mode: int) -> list[FileRow]:
+    if not stat.S_ISREG(mode):
+        return [file.settled("special_file")]
+    if not file.size_bytes:
+        return [file.settled("empty_file")]
+    try:
+        return _read(descriptor, file)
+    except OSError as error:  # pydicom raises it too, without a number, for sequences that end early
+        return [file.settled("unreadable_header:OSError" if error.errno is None else "unreadable_file")]
+    except FrameError:
+        return [file.settled("unreadable_header:frames")]
+    except HeaderLimitError:
+        return [file.settled("unreadable_header:limit")]
     except Exception as error:  # a hostile header may raise anything
-        return FileRow(file.path, file.size_bytes, f"unreadable_header:{type(error).__name__}")
+        return [file.settled(f"unreadable_header:{type(error).__name__}")]
 
 
-def _read(stream: BinaryIO, file: WalkedFile) -> FileRow:
-    kind = _sniff(stream)
+def _read(descriptor: int, file: _OpenedFile) -> list[FileRow]:
+    source = Source(descriptor)
+    kind = _sniff(source.buffer)
     if kind not in {"dicom", "bare"}:
-        code = "archive" if kind in {name for _, name in _SIGNATURES} else "not_dicom"
-        return FileRow(file.path, file.size_bytes, code)
-    stream.seek(0)
-    header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=_ALL_TAGS, force=kind == "bare")
-    meta = header.file_meta
-    if str(meta.get("MediaStorageSOPClassUID", "")) == _DICOMDIR:
-        return FileRow(file.path, file.size_bytes, "dicomdir")
-    if kind == "bare" and "SOPInstanceUID" not in header and "Rows" not in header:
-        return FileRow(file.path, file.size_bytes, "not_dicom")
-    deflated = str(meta.get("TransferSyntaxUID", "")) == DeflatedExplicitVRLittleEndian
-    has_pixels = "Rows" in header and (deflated or _at_pixels(stream, header))
-    return _row(header, file, has_pixels=has_pixels)
+        return [file.settled("archive" if kind in _ARCHIVES else "not_dicom")]
+    bare = kind == "bare"
+    header = None if bare else _reader.read(source)
+    if header is None:
+        header = read_with_pydicom(BoundedReader(descriptor), _ROW_TAGS, TOP_TAGS, force=bare)
+    if header.media_class == _DICOMDIR:
+        return [file.settled("dicomdir")]
+    if bare and not {_SOP_UID, _MATRIX_ROWS} & header.values.keys():
+        return [file.settled("not_dicom")]
+    if not (header.at_pixels and _MATRIX_ROWS in header.values):
+        return [_row(header.values, file, header, fault="no_pixels")]
+    if header.dataset is None or not is_enhanced(header.dataset):
+        return [_row(header.values, file, header)]
+    frames = frame_values(header.dataset, header.values)
+    rows = [_row(frame, file, header, frame=number) for number, frame in enumerate(frames)]
+    return rows if not all(row.fault for row in rows) else [replace(rows[0], frame=None)]
 
 
-def _sniff(stream: BinaryIO) -> str:
+def _sniff(head: bytes) -> str:
     """Tell DICOM with preamble, DICOM without one (``bare``), an archive's name, or ``other``."""
-    head = stream.read(132)
-    if head[128:] == b"DICM":
+    if head[128:132] == b"DICM":
         return "dicom"
     for signature, name in _SIGNATURES:
         if head.startswith(signature):
@@ -275,40 +339,25 @@ def _sniff(stream: BinaryIO) -> str:
     return "bare" if plausible else "other"
 
 
-def _at_pixels(stream: BinaryIO, header: pydicom.Dataset) -> bool:
-    """Whether the parser stopped in front of pixel data."""
-    tag = stream.read(4)
-    order = "<HH" if header.original_encoding[1] is not False else ">HH"
-    if len(tag) < 4:
-        return False
-    group, element = struct.unpack(order, tag)
-    return group == 0x7FE0 and element in _PIXEL_ELEMENTS
+def _row(
+    values: Mapping[int, Any], file: _OpenedFile, header: Header, *, fault: str = "", frame: int | None = None
+) -> FileRow:
+    fields: dict[str, Any] = {field: _text(value) for tag, field in _TEXTS if (value := values.get(tag))}
+    fields |= {field: _texts(value) for tag, field in _LISTS if (value := values.get(tag))}
+    fields |= {field: _number(value) for tag, field in _NUMBERS if (value := values.get(tag)) is not None}
+    fields |= {field: _vector(value, length) for tag, field, length in _VECTORS if (value := values.get(tag))}
+    syntax = header.transfer_syntax
+    row = FileRow(file.path, file.size_bytes, fault, file.mtime_ns, frame, syntax, **fields)
+    return row if row.fault else _with_fault(row)
 
 
-def _row(header: pydicom.Dataset, file: WalkedFile, *, has_pixels: bool) -> FileRow:
-    values: dict[str, Any] = {field: _text(header, tag) for tag, field in _TEXTS}
-    values |= {field: _texts(header, tag) for tag, field in _LISTS}
-    values |= {field: _number(header, tag) for tag, field in _NUMBERS}
-    position, orientation, spacing = (_vector(header, tag, length) for tag, length in _VECTORS)
-    row = FileRow(
-        file.path,
-        file.size_bytes,
-        **values,
-        position_mm=position,
-        orientation=orientation,
-        spacing_mm=spacing,
-        fault="" if has_pixels else "no_pixels",
-    )
-    return row if row.fault else _with_fault(row, enhanced=_FUNCTIONAL_GROUPS in header)
-
-
-def _with_fault(row: FileRow, *, enhanced: bool) -> FileRow:
+def _with_fault(row: FileRow) -> FileRow:
     """Settle what the file alone decides; the first rule that fires names the code."""
     rules = (
         (row.burned_in == "YES", "burned_in"),
         (row.modality not in {"", "MR", "OT", "SC"}, "not_mr"),
         (row.samples not in {None, 1} or not (row.photometric or "MONOCHROME").startswith("MONOCHROME"), "rgb"),
-        (enhanced or (row.num_frames or 1) > 1, "multiframe"),
+        (row.frame is None and (row.num_frames or 1) > 1, "multiframe"),
         (row.sop_class.startswith(_SECONDARY_CAPTURE) and not row.position_mm, "secondary_capture"),
         (not (row.study_uid and row.series_uid), "no_exam_id"),
         (not row.patient_id, "no_patient_id"),
@@ -317,35 +366,17 @@ def _with_fault(row: FileRow, *, enhanced: bool) -> FileRow:
     return replace(row, fault=code) if code else row
 
 
-def _value(header: pydicom.Dataset, tag: BaseTag) -> Any:  # noqa: ANN401  (text, or pydicom's value)
-    """Value of an element; plain ASCII text without pydicom's conversion, which costs half of an index's time."""
-    try:
-        element = header.get_item(tag)
-        if element is None:
-            return None
-        raw = element.value
-        if isinstance(raw, bytes) and raw.isascii() and b"\x1b" not in raw and element.VR in _ASCII_TEXT:
-            return raw.decode("ascii")
-        return header[tag].value
-    except Exception:  # one malformed element must not lose the others
-        return None
+def _text(value: Any) -> str:  # noqa: ANN401  (text, or pydicom's value)
+    joined = "\\".join(map(str, value)) if isinstance(value, pydicom.multival.MultiValue) else str(value)
+    return joined.strip(" \0")
 
 
-def _text(header: pydicom.Dataset, tag: BaseTag) -> str:
-    value = _value(header, tag)
-    return "" if value is None else str(value).strip(" \0")
-
-
-def _texts(header: pydicom.Dataset, tag: BaseTag) -> tuple[str, ...]:
-    value = _value(header, tag)
-    if value is None:
-        return ()
-    parts = value.split("\\") if isinstance(value, str) else list(value)
+def _texts(value: Any) -> tuple[str, ...]:  # noqa: ANN401
+    parts = value.split("\\") if isinstance(value, str) else [value] if isinstance(value, (int, float)) else list(value)
     return tuple(text for part in parts if (text := str(part).strip(" \0").upper()))
 
 
-def _number(header: pydicom.Dataset, tag: BaseTag) -> float | None:
-    value = _value(header, tag)
+def _number(value: Any) -> float | None:  # noqa: ANN401
     if isinstance(value, str):
         value = value.partition("\\")[0]
     elif isinstance(value, pydicom.multival.MultiValue):
@@ -353,10 +384,9 @@ def _number(header: pydicom.Dataset, tag: BaseTag) -> float | None:
     return _finite(value)
 
 
-def _vector(header: pydicom.Dataset, tag: BaseTag, length: int) -> tuple[float, ...]:
-    value = _value(header, tag)
+def _vector(value: Any, length: int) -> tuple[float, ...]:  # noqa: ANN401
     parts = value.split("\\") if isinstance(value, str) else value
-    if parts is None or len(parts) != length:
+    if not hasattr(parts, "__len__") or len(parts) != length:
         return ()
     numbers = [_finite(part) for part in parts]
     return tuple(number for number in numbers if number is not None) if None not in numbers else ()

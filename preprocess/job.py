@@ -6,8 +6,8 @@ import logging
 import os
 import secrets
 import tempfile
-from collections import deque
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
@@ -18,7 +18,7 @@ from preprocess.mapper import TaskFailure
 from preprocess.pipeline import PreprocessError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
 IN_FLIGHT_PER_CPU = 4
@@ -86,9 +86,15 @@ def require_absolute(paths: Sequence[Path]) -> None:
 
 
 def map_on_ray(
-    function: Callable[[Item], Result], items: Sequence[Item], *, names: Sequence[str], title: str
-) -> Iterator[tuple[int, Result | TaskFailure]]:
-    """Run one named Ray task per item, a bounded number at a time, with a progress bar.
+    function: Callable[[Item], Result],
+    items: Iterable[tuple[str, Item]],
+    *,
+    title: str,
+    total: int,
+    unit: str = "task",
+    size: Callable[[Item], int] | None = None,
+) -> Iterator[tuple[Item, Result | TaskFailure]]:
+    """Run one named Ray task per item, a bounded number at a time, with rate and remaining time.
 
     A task whose process dies on every attempt yields a `TaskFailure`; an error that the function raises is raised
     here.
@@ -97,17 +103,19 @@ def map_on_ray(
     shared = ray.put(function)
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     limit = IN_FLIGHT_PER_CPU * max(1, int(resources.get("CPU", 1)))
-    waiting = deque(range(len(items)))
-    running: dict[Any, int] = {}
-    with tqdm(total=len(items), desc=title, unit="task", smoothing=0.1, disable=None) as bar:
-        while waiting or running:
-            while waiting and len(running) < limit:
-                index = waiting.popleft()
-                running[task.options(name=names[index]).remote(shared, items[index])] = index
+    waiting = iter(items)
+    running: dict[Any, Item] = {}
+    with tqdm(total=total, desc=title, unit=unit, smoothing=0.1, disable=None) as bar:
+        while True:
+            for name, item in islice(waiting, limit - len(running)):
+                running[task.options(name=name).remote(shared, item)] = item
+            if not running:
+                return
             done, _ = ray.wait(list(running), num_returns=1)
             for reference in done:
-                yield running.pop(reference), _result(reference)
-                bar.update()
+                item = running.pop(reference)
+                yield item, _result(reference)
+                bar.update(1 if size is None else size(item))
 
 
 def _call(function: Callable[[Item], Result], item: Item) -> Result:

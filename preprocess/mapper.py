@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from tqdm import tqdm
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -16,30 +18,48 @@ class TaskFailure:
 
 
 class Mapper(Protocol):
-    """Runs one function over many items."""
+    """Runs one function over many items, of which only those in flight are held."""
 
     def __call__(
-        self, function: Callable[[Item], Result], items: Sequence[Item], *, names: Sequence[str], title: str
-    ) -> Iterator[tuple[int, Result | TaskFailure]]:
-        """Yield (index of the item, result) in any order.
+        self,
+        function: Callable[[Item], Result],
+        items: Iterable[tuple[str, Item]],
+        *,
+        title: str,
+        total: int,
+        unit: str = "task",
+        size: Callable[[Item], int] | None = None,
+    ) -> Iterator[tuple[Item, Result | TaskFailure]]:
+        """Yield (item, result) in any order.
 
         Parameters
         ----------
         function
             Importable function of one item.
         items
-            What it is called with.
-        names
-            One task name per item, free of identifiers.
+            Task name, free of identifiers, and what the function is called with; drawn as tasks can be taken on.
         title
             Heads the progress bar.
+        total
+            Length of the progress bar, in units; it may turn out wrong without harm.
+        unit
+            What the bar counts, e.g. ``file``.
+        size
+            Units of one item; None counts items.
         """
 
 
 def map_here(
-    function: Callable[[Item], Result], items: Sequence[Item], *, names: Sequence[str], title: str
-) -> Iterator[tuple[int, Result | TaskFailure]]:
+    function: Callable[[Item], Result],
+    items: Iterable[tuple[str, Item]],
+    *,
+    title: str,
+    total: int,
+    unit: str = "task",
+    size: Callable[[Item], int] | None = None,
+) -> Iterator[tuple[Item, Result | TaskFailure]]:
     """Run every item in this process, in order: the mapper without Ray."""
-    del names, title
-    for index, item in enumerate(items):
-        yield index, function(item)
+    with tqdm(total=total, desc=title, unit=unit, smoothing=0.1, disable=None) as bar:
+        for _, item in items:
+            yield item, function(item)
+            bar.update(1 if size is None else size(item))

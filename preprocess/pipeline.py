@@ -1,45 +1,65 @@
 """A DICOM tree → slice store, mid-sagittal artefact and reports, on whatever runs the tasks.
 
-The order of what happens, and what is decided, is here; where tasks run is the mapper's business (`preprocess.job` has
-the Ray one), so that the whole conversion also runs in one process.
+The order of what happens is here; where tasks run is the mapper's business (`preprocess.job` has the Ray one), so that
+the whole conversion also runs in one process. The process that runs this holds totals and the names of batches and
+parts, never paths or header rows.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from preprocess.accounting import CONVERTED, FileOutcome, StackOutcome, Summary, summarise, write_reports
-from preprocess.commit import commit_point, content_id, sweep_partials
-from preprocess.convert import (
-    ConvertTask,
-    Identity,
-    convert_series,
-    converted_codes,
-    faulty_codes,
-    without_identifiers,
+from preprocess.accounting import (
+    COUNT_COLUMNS,
+    FILE_COLUMNS,
+    STACK_COLUMNS,
+    Summary,
+    count_lines,
+    csv_lines,
+    file_lines,
 )
+from preprocess.commit import commit_point, sweep_partials, write_atomic, write_pieces
 from preprocess.deidentify import Pseudonymiser, load_key
-from preprocess.geometry import GeometryError, stack_geometry
-from preprocess.index import FileRow, WalkedFile, index_files, walk
+from preprocess.index import FileRow, walk
 from preprocess.mapper import Mapper, TaskFailure, map_here
-from preprocess.midsagittal import choose_for_store, read_template_list
-from preprocess.select import Selection, select
-from preprocess.store import committed_series, create_store, sweep_store, write_manifest
-from preprocess.uid_index import ExamEntry, exam_entry, write_uid_index
+from preprocess.midsagittal import choose_for_store, locate_templates, read_template_list
+from preprocess.partitions import (
+    IndexTask,
+    batch_name,
+    batches,
+    index_batch,
+    part_characters_for,
+    settled_files,
+    sweep_index,
+    write_batch,
+)
+from preprocess.select import Policy
+from preprocess.settle import (
+    Part,
+    PartOutcome,
+    SettleJob,
+    Suspect,
+    convert_suspect,
+    decode_suspect,
+    list_files,
+    list_suspects,
+    settle_part,
+)
+from preprocess.store import create_store, stored_series, sweep_store
+from preprocess.uid_index import UidIndex, write_mapping_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from preprocess.select import Verdict
-
-FILES_PER_TASK = 512
-"""Headers read by one task: long enough to hide its dispatch, short enough to spread a small tree over the cores."""
+    from preprocess.index import WalkedFile
 
 
 class PreprocessError(ValueError):
@@ -80,7 +100,8 @@ class StorePaths:
     def sweep(self) -> None:
         """Delete what killed runs left half-written."""
         sweep_store(self.store)
-        for folder in (self.private, self.report, self.midsagittal):
+        private = [self.private / name for name in ("exams", "slices", "parts", "index", "index/batches")]
+        for folder in (self.private, self.report, self.midsagittal, *private):
             sweep_partials(folder)
 
 
@@ -91,9 +112,16 @@ class ConvertJob:
     dicom_dir: Path
     out: Path
     templates: Path | None = None
-    """CSV with a SOPInstanceUID column of hand-picked mid-sagittal slices; None skips the choice."""
+    """CSV that names hand-picked mid-sagittal slices; None skips the choice."""
+    corrections: Path | None = None
+    """CSV of mid-sagittal slices corrected by hand."""
     key_file: Path | None = None
     """None: beside the store, created by the first run."""
+    mapping_table: Path | None = None
+    """Where to write the private table from identifiers to pseudonyms; None writes none."""
+    policy: Policy = field(default_factory=Policy)
+    shift_dates: bool = False
+    """Keep the date of the exam, shifted by the patient's own offset; else no date is kept."""
 
 
 @dataclass(frozen=True)
@@ -122,29 +150,47 @@ def convert_tree(job: ConvertJob, mapper: Mapper = map_here) -> Outcome:
     Raises
     ------
     ValueError
-        If paths, key, store or templates do not fit together; what was committed stays.
+        If paths, key, store, templates or overrides do not fit together; what was committed stays.
     """
     paths = StorePaths(job.out)
     _check_paths(job)
     paths.private.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _only_writer(paths):
-        names = Pseudonymiser(load_key(job.key_file or paths.key, create=job.key_file is None))
-        template_uids = read_template_list(job.templates) if job.templates else None
-        create_store(paths.store, key_id=names.key_id)
+        key = load_key(job.key_file or paths.key, create=job.key_file is None)
+        templates = read_template_list(job.templates) if job.templates else None
+        num_files = sum(1 for _ in walk(job.dicom_dir))
+        dates = "shift" if job.shift_dates else "drop"
+        key_id, length = Pseudonymiser(key).key_id, part_characters_for(num_files)
+        length = create_store(paths.store, key_id=key_id, part_characters=length, dates=dates)
         paths.sweep()
-        files = walk(job.dicom_dir)
-        rows = _index(job.dicom_dir, files, mapper)
-        ledger = _Ledger.of(select(rows), {row.path: row.sop_uid for row in rows}, names)
-        del rows
-        ledger.codes |= _convert(job, ledger, mapper)
-        write_manifest(paths.store)
-        stored = {row["series_id"]: row["content_hash"] for row in committed_series(paths.store)}
-        index = write_uid_index(paths.private, ledger.exam_entries(names), ledger.stored_slices())
-        summary = _report(paths, files, ledger, stored)
+        task = IndexTask(str(job.dicom_dir), str(paths.private / "index"), key, length)
+        names, parts, walked = _index(task, job.dicom_dir, num_files, mapper)
+        settle = SettleJob(
+            root=job.dicom_dir,
+            store=paths.store,
+            private=paths.private,
+            key=key,
+            policy=job.policy,
+            batches=frozenset(names),
+            shift_dates=job.shift_dates,
+        )
+        outcomes = _settle(settle, parts, mapper)
+        summary = _report(paths, names, sorted(parts), outcomes, walked)
+        if job.mapping_table is not None:
+            write_mapping_table(paths.private, job.mapping_table)
+        _check_overrides(job.policy, outcomes)
         artefact = None
-        if template_uids is not None and stored:
-            artefact = choose_for_store(paths.store, paths.midsagittal, index.locate(template_uids), mapper)
+        if templates is not None and summary.series_stored:
+            places = locate_templates(templates, UidIndex(paths.private).locate)
+            artefact = choose_for_store(paths.store, paths.midsagittal, places, mapper, job.corrections)
     return Outcome(summary, artefact)
+
+
+def choose_again(paths: StorePaths, templates: Path, corrections: Path | None, mapper: Mapper = map_here) -> Path:
+    """Choose mid-sagittal slices in a finished store, without its DICOM tree; see `choose_for_store`."""
+    listed = read_template_list(templates)
+    places = locate_templates(listed, UidIndex(paths.private).locate)
+    return choose_for_store(paths.store, paths.midsagittal, places, mapper, corrections)
 
 
 def _check_paths(job: ConvertJob) -> None:
@@ -172,158 +218,144 @@ def _only_writer(paths: StorePaths) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _index(root: Path, files: list[WalkedFile], mapper: Mapper) -> list[FileRow]:
-    """Read all headers; a batch that kills its process is read again file by file, so that it costs one file."""
-    batches = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
-    rows, lost = _index_batches(root, batches, mapper)
-    if lost:
-        more, lost = _index_batches(root, [[file] for file in lost], mapper)
-        rows += more
-    return rows + [FileRow(file.path, file.size_bytes, "unreadable_header:crash") for file in lost]
+# --- headers ---------------------------------------------------------------------------------------------------------
 
 
-def _index_batches(
-    root: Path, batches: list[list[WalkedFile]], mapper: Mapper
-) -> tuple[list[FileRow], list[WalkedFile]]:
-    names = [f"index-{number:06d}" for number in range(len(batches))]
-    rows: list[FileRow] = []
-    lost: list[WalkedFile] = []
-    for number, result in mapper(partial(index_files, str(root)), batches, names=names, title="headers"):
-        if isinstance(result, TaskFailure):
-            lost += batches[number]
+def _index(task: IndexTask, root: Path, num_files: int, mapper: Mapper) -> tuple[list[str], dict[str, int], int]:
+    """Read all headers into the private index.
+
+    Returns
+    -------
+    tuple
+        Names of the batches in the order of the walk; part → header rows; number of files.
+    """
+    names: list[str] = []
+    lost: list[list[WalkedFile]] = []
+    parts: Counter[str] = Counter()
+    walked = 0
+
+    def named() -> Iterator[tuple[str, list[WalkedFile]]]:
+        nonlocal walked
+        for number, files in enumerate(batches(walk(root))):
+            names.append(batch_name(files))
+            walked += len(files)
+            yield f"index-{number:06d}", files
+
+    read = partial(index_batch, task)
+    for files, outcome in mapper(read, named(), title="headers", total=num_files, unit="file", size=len):
+        if isinstance(outcome, TaskFailure):
+            lost.append(files)
         else:
-            rows += result
-    return rows, lost
+            parts.update(outcome.parts)
+    for files in lost:
+        parts.update(_index_apart(task, files, mapper))
+        names += [batch_name([file]) for file in files]
+    lost_names = {batch_name(files) for files in lost}
+    names = [name for name in names if name not in lost_names]
+    sweep_index(Path(task.folder), frozenset(names), parts)
+    return names, dict(parts), walked
 
 
-@dataclass
-class _Ledger:
-    """The selection under pseudonyms, and the code of every file as it becomes known."""
-
-    selection: Selection
-    uids: dict[str, str]
-    """Path → object id, empty where the header gave none."""
-    identities: dict[tuple[str, str, str], Identity]
-    codes: dict[str, str]
-
-    @classmethod
-    def of(cls, selection: Selection, uids: dict[str, str], names: Pseudonymiser) -> _Ledger:
-        identities = {
-            _stack_name(verdict): Identity.of(names, exam, verdict.stack)
-            for exam in selection.exams
-            for verdict in exam.verdicts
-        }
-        codes = dict(selection.settled)
-        for exam in selection.exams:
-            for verdict in exam.verdicts:
-                if verdict.code:
-                    codes |= faulty_codes(verdict.stack, verdict.code)
-        return cls(selection, uids, identities, codes)
-
-    def identity(self, verdict: Verdict) -> Identity:
-        return self.identities[_stack_name(verdict)]
-
-    def chosen(self) -> list[tuple[Verdict, Identity]]:
-        """List the selected stacks, sorted by study."""
-        verdicts = [exam.selected for exam in self.selection.exams if exam.selected is not None]
-        pairs = [(verdict, self.identity(verdict)) for verdict in verdicts]
-        return sorted(pairs, key=lambda pair: pair[1].study_id)
-
-    def exam_entries(self, names: Pseudonymiser) -> list[ExamEntry]:
-        """Every exam under its identifiers and its pseudonyms."""
-        entries = []
-        for exam in self.selection.exams:
-            verdict = exam.selected
-            series_id = self.identity(verdict).series_id if verdict and self._is_stored(verdict) else ""
-            patient_id, study_id = names.patient(*exam.patient), names.study(exam.study_uid)
-            ids = {"patient_id": patient_id, "study_id": study_id, "series_id": series_id}
-            entries.append(exam_entry(exam.patient[1], exam.accession, **ids))
-        return entries
-
-    def stored_slices(self) -> dict[str, tuple[str, int]]:
-        """Object id → (series, slice) of every stored slice."""
-        places = {}
-        for verdict, identity in self.chosen():
-            if self._is_stored(verdict):
-                for slice_index, row in enumerate(stack_geometry(verdict.stack.rows).order):
-                    places[verdict.stack.rows[row].sop_uid] = (identity.series_id, slice_index)
-        return places
-
-    def _is_stored(self, verdict: Verdict) -> bool:
-        return self.codes[verdict.stack.rows[0].path] == CONVERTED
-
-
-def _stack_name(verdict: Verdict) -> tuple[str, str, str]:
-    return verdict.stack.study_uid, verdict.stack.series_uid, verdict.stack.key
-
-
-def _convert(job: ConvertJob, ledger: _Ledger, mapper: Mapper) -> dict[str, str]:
-    """Convert what the store does not hold yet; returns the codes of all files of all selected stacks."""
-    held = {str(row["study_id"]): row for row in committed_series(job.out)}
-    codes: dict[str, str] = {}
-    tasks: list[ConvertTask] = []
-    for verdict, identity in ledger.chosen():
-        known = held.get(identity.study_id)
-        if known is None:
-            codes |= _convert_geometry_faults(verdict)
-            if verdict.stack.rows[0].path not in codes:
-                tasks.append(ConvertTask(str(job.dicom_dir), str(job.out), without_identifiers(verdict), identity))
-        elif (known["series_id"], known["source_id"]) == (identity.series_id, identity.source_id):
-            codes |= converted_codes(verdict.stack)
+def _index_apart(task: IndexTask, files: Sequence[WalkedFile], mapper: Mapper) -> Counter[str]:
+    """Read a batch that killed its process again file by file, so that it costs one file."""
+    parts: Counter[str] = Counter()
+    singles = ((f"index-alone-{number:06d}", [file]) for number, file in enumerate(files))
+    for single, outcome in mapper(partial(index_batch, task), singles, title="headers, alone", total=len(files)):
+        if isinstance(outcome, TaskFailure):
+            row = FileRow(single[0].path, 0, "unreadable_header:crash")
+            write_batch(task, batch_name(single), [row], "")
         else:
-            codes |= faulty_codes(verdict.stack, "changed_after_commit")
-    names = [f"convert-{task.identity.series_id}" for task in tasks]
-    for index, result in mapper(convert_series, tasks, names=names, title="series"):
-        stack = tasks[index].verdict.stack
-        codes |= faulty_codes(stack, "decoder_crash") if isinstance(result, TaskFailure) else result
-    return codes
+            parts.update(outcome.parts)
+    return parts
 
 
-def _convert_geometry_faults(verdict: Verdict) -> dict[str, str]:
-    """Settle a stack that cannot be ordered without sending it anywhere."""
-    try:
-        stack_geometry(verdict.stack.rows)
-    except GeometryError as error:
-        return faulty_codes(verdict.stack, str(error))
-    return {}
+# --- exams -----------------------------------------------------------------------------------------------------------
 
 
-def _report(paths: StorePaths, files: list[WalkedFile], ledger: _Ledger, stored: dict[str, str]) -> Summary:
-    outcomes: list[FileOutcome] = []
-    stacks: list[StackOutcome] = []
-    sizes = {file.path: file.size_bytes for file in files}
-    for exam in ledger.selection.exams:
-        for verdict in exam.verdicts:
-            identity = ledger.identity(verdict)
-            members = (*verdict.stack.rows, *verdict.stack.duplicates)
-            stacks.append(_stack_outcome(verdict, identity, ledger.codes))
-            for row in members:
-                code, ids = ledger.codes[row.path], (identity.study_id, identity.series_id)
-                outcomes.append(FileOutcome(row.path, code, sizes[row.path], row.sop_uid, *ids))
-    for path, code in ledger.selection.settled.items():
-        outcomes.append(FileOutcome(path, code, sizes[path], ledger.uids[path], "", ""))
+def _settle(job: SettleJob, parts: dict[str, int], mapper: Mapper) -> list[PartOutcome]:
+    """Settle every part; one whose process dies is taken apart until the file at fault is found."""
+    items = ((f"convert-{name}", Part(name, num_rows)) for name, num_rows in sorted(parts.items()))
+    outcomes: list[PartOutcome] = []
+    crashed: list[Part] = []
+    rows = sum(parts.values())
+    for part, outcome in mapper(
+        partial(settle_part, job), items, title="exams", total=rows, unit="image", size=lambda part: part.num_rows
+    ):
+        if isinstance(outcome, TaskFailure):
+            crashed.append(part)
+        else:
+            outcomes.append(outcome)
+    for part in crashed:
+        faults = tuple(sorted(_crashes(job, part, mapper).items()))
+        again = [(f"convert-{part.name}", part._replace(known_faults=faults))]
+        for _, outcome in mapper(partial(settle_part, job), again, title=f"exams of part {part.name}", total=1):
+            if isinstance(outcome, TaskFailure):
+                msg = (
+                    f"part {part.name} kills its process, though none of its files does alone: most likely there is "
+                    "too little memory per task; free some, or start Ray with fewer CPUs, and run the command again"
+                )
+                raise PreprocessError(msg)
+            outcomes.append(outcome)
+    return outcomes
+
+
+def _crashes(job: SettleJob, part: Part, mapper: Mapper) -> dict[str, str]:
+    """Find the files of a part that kill the process that decodes them."""
+    suspects = list_suspects(job, part)
+    faults: dict[str, str] = {}
+    for suspect in _killers(partial(convert_suspect, job), suspects, "convert", mapper):
+        files = list_files(job, suspect)
+        found = [file.path for file in _killers(partial(decode_suspect, job), files, "decode", mapper)]
+        faults |= dict.fromkeys(found or [file.path for file in files], "decoder_crash")
+    return faults
+
+
+def _killers(function: partial[None], suspects: Iterable[Suspect], verb: str, mapper: Mapper) -> list[Suspect]:
+    suspects = list(suspects)
+    items = ((f"{verb}-{suspect.series_id}-{number:04d}", suspect) for number, suspect in enumerate(suspects))
+    results = mapper(function, items, title=f"{verb} alone", total=len(suspects))
+    return [suspect for suspect, result in results if isinstance(result, TaskFailure)]
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+
+def _report(
+    paths: StorePaths, names: Sequence[str], parts: Sequence[str], outcomes: Sequence[PartOutcome], walked: int
+) -> Summary:
+    """Put the reports together from those of the parts, none of which is held whole."""
     commit_point("reports:start")
-    summary = summarise(
-        outcomes, files_walked=len(files), series_stored=len(stored), store_hash=content_id(sorted(stored.items()))
+    alone = Counter(file.code for name in names for file in settled_files(paths.private / "index", name))
+    series_stored, store_hash = stored_series(paths.store)
+    summary = Summary.of(
+        sum((outcome.codes for outcome in outcomes), alone),
+        files_walked=walked,
+        exams_seen=sum(outcome.exams_seen for outcome in outcomes),
+        series_stored=series_stored,
+        store_hash=store_hash,
     )
-    write_reports(paths.private, paths.report, outcomes, stacks, summary)
+
+    def lines(kind: str) -> Iterator[bytes]:
+        return ((paths.private / "parts" / f"{part}.{kind}.csv").read_bytes() for part in parts)
+
+    outside = (file_lines(settled_files(paths.private / "index", name)) for name in names)
+    private = chain([csv_lines([FILE_COLUMNS])], outside, lines("files"))
+    write_pieces(paths.private / "files.csv", private, mode=0o600)
+    counted = count_lines({("", "", code): count for code, count in alone.items()})
+    write_pieces(paths.report / "files.csv", chain([csv_lines([COUNT_COLUMNS]), counted], lines("counts")))
+    write_pieces(paths.report / "stacks.csv", chain([csv_lines([STACK_COLUMNS])], lines("stacks")))
+    write_atomic(paths.report / "summary.json", summary.to_json())
+    commit_point("reports:after")
     return summary
 
 
-def _stack_outcome(verdict: Verdict, identity: Identity, codes: dict[str, str]) -> StackOutcome:
-    stack = verdict.stack
-    row = stack.rows[0]
-    found = {codes[member.path].partition(":")[0] for member in (*stack.rows, *stack.duplicates)}
-    return StackOutcome(
-        study_id=identity.study_id,
-        series_id=identity.series_id,
-        # The cause, not its consequence for the other slices.
-        code=min(found - {"series_incomplete", "duplicate"} or found),
-        confidence="" if verdict.code else verdict.confidence,
-        evidence=";".join(verdict.evidence),
-        num_files=len(stack.rows) + len(stack.duplicates),
-        rows=int(row.rows or 0),
-        columns=int(row.columns or 0),
-        echo_time_ms=row.echo_time_ms,
-        repetition_time_ms=row.repetition_time_ms,
-    )
+def _check_overrides(policy: Policy, outcomes: Sequence[PartOutcome]) -> None:
+    """Refuse an override file that names what the tree does not have: the person meant something else."""
+    known = frozenset().union(*(outcome.overrides for outcome in outcomes))
+    absent = sum(name not in known for name in policy.overrides)
+    if absent:
+        msg = (
+            f"{absent} of {len(policy.overrides)} lines of the override file name no series of this tree; "
+            "give a SeriesInstanceUID, or a series_id of stacks.csv"
+        )
+        raise PreprocessError(msg)

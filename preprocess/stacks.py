@@ -5,7 +5,7 @@ A series is no stack: scanners and archives put localizer planes, echoes, phases
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,14 +31,16 @@ class Stack:
     key: str
     """Canonical JSON of what distinguishes the stack within its series."""
     rows: tuple[FileRow, ...]
-    """One per object, sorted by object id."""
+    """One per image (object, or frame of a multi-frame object), sorted by object id and frame."""
     duplicates: tuple[FileRow, ...] = ()
     """Further files that claim one of the objects; the pixels decide whether they are equal."""
     num_echoes: int = 1
     """Echo times among the otherwise equal stacks of the series."""
+    incomplete: bool = False
+    """A quarantined image of the series may be one of its slices."""
 
 
-def make_stacks(rows: Sequence[FileRow], settled: dict[str, str]) -> list[Stack]:
+def make_stacks(rows: Sequence[FileRow], settled: list[tuple[FileRow, str]]) -> list[Stack]:
     """Split the rows of one study into stacks.
 
     Parameters
@@ -46,7 +48,7 @@ def make_stacks(rows: Sequence[FileRow], settled: dict[str, str]) -> list[Stack]
     rows
         Rows with valid geometry.
     settled
-        Gets the paths of objects claimed by files that contradict each other.
+        Gets the rows of objects claimed by files that contradict each other, with their code.
 
     Returns
     -------
@@ -55,17 +57,21 @@ def make_stacks(rows: Sequence[FileRow], settled: dict[str, str]) -> list[Stack]
     """
     objects: dict[str, list[FileRow]] = defaultdict(list)
     for row in rows:
-        objects[row.sop_uid or f"path:{row.path}"].append(row)
+        objects[_image_name(row)].append(row)
     unique: dict[str, list[FileRow]] = defaultdict(list)
     copies: dict[str, list[FileRow]] = {}
     for name, members in objects.items():
         if len({_identity(row) for row in members}) > 1:
-            settled |= {row.path: "conflicting_duplicate" for row in members}
+            settled += [(row, "conflicting_duplicate") for row in members]
             continue
         unique[members[0].series_uid].append(members[0])
         copies[name] = members[1:]
     stacks = [stack for members in unique.values() for stack in _split_series(members, copies)]
     return sorted(stacks, key=lambda stack: (stack.series_uid, stack.key))
+
+
+def _image_name(row: FileRow) -> str:
+    return f"{row.sop_uid or 'path:' + row.path}#{row.frame}"
 
 
 def _identity(row: FileRow) -> tuple[object, ...]:
@@ -94,7 +100,7 @@ def _split_series(rows: list[FileRow], copies: dict[str, list[FileRow]]) -> list
     for (orientation, facets, echo), members in groups.items():
         for acquisition, part in _split_repeats(members).items():
             key = canonical_json([orientation, facets, echo, acquisition])
-            twins = [twin for row in part for twin in copies.get(row.sop_uid or f"path:{row.path}", [])]
+            twins = [twin for row in part for twin in copies.get(_image_name(row), [])]
             stacks.append(
                 Stack(
                     part[0].study_uid,
@@ -109,13 +115,18 @@ def _split_series(rows: list[FileRow], copies: dict[str, list[FileRow]]) -> list
 
 
 def _split_repeats(rows: list[FileRow]) -> dict[float | None, list[FileRow]]:
-    """Split by acquisition number, but only where positions repeat: some scanners number every slice."""
-    if len({row.position_mm for row in rows}) == len(rows):
+    """Split by acquisition number, but only where positions repeat: some scanners number every slice.
+
+    Where the number does not tell the passes apart, the stack stays whole for its error.
+    """
+    passes = max(Counter(row.position_mm for row in rows).values())
+    if passes == 1:
         return {None: rows}
     parts: dict[float | None, list[FileRow]] = defaultdict(list)
     for row in rows:
         parts[row.acquisition_number].append(row)
-    return dict(parts)
+    apart = all(len({row.position_mm for row in part}) == len(part) for part in parts.values())
+    return dict(parts) if apart and len(parts) == passes else {None: rows}
 
 
 def _orientation_clusters(orientations: set[tuple[float, ...]]) -> dict[tuple[float, ...], int]:

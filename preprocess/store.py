@@ -6,7 +6,8 @@ Layout of ``X.zarr`` (Zarr v3, readable by any implementation)::
     ab/<series_id>/zarr.json           one array (S, H, W) with typed attributes; ab = first two characters of study_id
     ab/<series_id>/c.0.0.0             its only shard: chunk = one slice, blosc-zstd-bitshuffle, then crc32c
     ab/<series_id>/commit.json         manifest row and file sizes: a series that has it was renamed into place whole
-    manifest/<c>.parquet               rows of all series whose study_id begins with c, rebuilt from the commit files
+    manifest/<part>.parquet            rows of the series whose study_id begins with <part>, made from the commit files
+    candidates/<part>.parquet          every stack of the same exams, taken or not, with its code and evidence
 
 A missing shard would read as zeros without an error, so the reader trusts the manifest, not the array: a store that is
 not exactly what its manifest says is refused, and every read is checked against the content hash.
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, fields
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,6 +31,7 @@ from numcodecs import blosc  # type: ignore[import-untyped]
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
+from preprocess.accounting import StackOutcome
 from preprocess.commit import (
     PARTIAL_PREFIX,
     canonical_json,
@@ -39,19 +41,30 @@ from preprocess.commit import (
     sweep_partials,
     write_atomic,
 )
+from preprocess.mapper import Mapper, TaskFailure, map_here
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import pandas as pd
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised when the layout or the meaning of a column changes; other versions are refused."""
 
 SHARD_NAME = "c.0.0.0"
 """The only shard of a series: one file, because the chunk key separator is a dot."""
 
 COMMIT_NAME = "commit.json"
+
+PART_CHARACTERS = (1, 2)
+"""Characters of the study pseudonym that name a part of the manifest: 32 parts, or 1,024 for a store of millions."""
+
+DEIDENTIFICATION = {
+    "patient_identity_removed": "YES",
+    "deidentification_method": "typed allow-list; keyed pseudonyms (HMAC-SHA256)",
+    "deidentification_method_code": "113100",
+}
+"""What the store says about its own de-identification, in the words of DICOM PS3.15, Annex E."""
 
 
 class StoreError(ValueError):
@@ -88,10 +101,16 @@ class SeriesRecord:
     flip_rows: bool
     flip_columns: bool
     uneven_spacing: bool
+    missing_mm: tuple[float, ...]
+    """Where slices are missing along the normal, relative to the first; empty unless gaps were allowed."""
     inverted: bool
+    padding_value: int | None
+    """Stored value of pixels outside the scanned region, if the headers name one."""
     rescale_slope: tuple[float, ...]
     rescale_intercept: tuple[float, ...]
     lossy: bool
+    study_date: str
+    """Shifted ISO date of the exam; empty where dates are dropped."""
     manufacturer: str
     scanning_sequence: str
     sequence_variant: str
@@ -111,6 +130,7 @@ class SeriesRecord:
 _ARROW_TYPES = {
     "str": pa.string(),
     "int": pa.int64(),
+    "int | None": pa.int64(),
     "float": pa.float64(),
     "float | None": pa.float64(),
     "bool": pa.bool_(),
@@ -121,6 +141,15 @@ MANIFEST_SCHEMA = pa.schema(
     + [("content_hash", pa.string()), ("shard_bytes", pa.int64())]
 )
 """Columns of the manifest: the record, the hash of attributes and pixels, and the size of the shard file."""
+
+
+CANDIDATES_SCHEMA = pa.schema(
+    [
+        (field.name, {"str": pa.string(), "int": pa.int64()}.get(str(field.type), pa.float64()))
+        for field in fields(StackOutcome)
+    ]
+)
+"""Columns of the candidates: one row per stack of every exam."""
 
 
 @dataclass(frozen=True)
@@ -141,26 +170,55 @@ def use_one_thread() -> None:
     zarr.config.set({"threading.max_workers": 1, "async.concurrency": 2})
 
 
-def create_store(path: Path, *, key_id: str) -> None:
-    """Make an empty store, or check that an existing one may be written to with this key.
+def create_store(path: Path, *, key_id: str, part_characters: int = 1, dates: str = "drop") -> int:
+    """Make an empty store, or check that an existing one may be written to in the same way.
+
+    Parameters
+    ----------
+    path
+        The ``.zarr`` folder.
+    key_id
+        Public name of the pseudonym key.
+    part_characters
+        Length of the names of a new store's parts, one of `PART_CHARACTERS`; an existing store keeps its own.
+    dates
+        ``drop`` or ``shift``.
+
+    Returns
+    -------
+    int
+        Length of the names of the store's parts.
 
     Raises
     ------
     StoreError
-        If the store has another schema version or its pseudonyms were made with another key.
+        If the store has another schema version, its pseudonyms were made with another key, or dates are treated
+        otherwise.
     """
     root = path / "zarr.json"
     if not root.exists():
-        attributes = {"kind": "lbp_ray slice store", "schema_version": SCHEMA_VERSION, "key_id": key_id}
+        attributes: dict[str, Any] = {
+            "kind": "lbp_ray slice store",
+            "schema_version": SCHEMA_VERSION,
+            "key_id": key_id,
+            "part_characters": part_characters,
+            "dates": dates,
+            "longitudinal_temporal_information_modified": "MODIFIED" if dates == "shift" else "REMOVED",
+            **DEIDENTIFICATION,
+        }
         content = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
         write_atomic(root, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
-    attributes = _root_attributes(path)
-    if attributes["key_id"] != key_id:
+    found = _root_attributes(path)
+    if found["key_id"] != key_id:
         msg = (
-            f"{path} was made with pseudonym key {attributes['key_id']}, this key is {key_id}: the same patient would "
+            f"{path} was made with pseudonym key {found['key_id']}, this key is {key_id}: the same patient would "
             "get two names; use the first key (--key-file) or another --out"
         )
         raise StoreError(msg)
+    if found["dates"] != dates:
+        msg = f"{path} was made with --dates {found['dates']}; use the same, or another --out"
+        raise StoreError(msg)
+    return int(found["part_characters"])
 
 
 def _root_attributes(path: Path) -> dict[str, Any]:
@@ -206,15 +264,15 @@ def write_series(store: Path, record: SeriesRecord, pixels_SHW: np.ndarray) -> N
             chunk_key_encoding={"name": "default", "separator": "."},
             fill_value=0,
             dimension_names=("slice", "row", "column"),
-            attributes=_attributes(record),
+            attributes=record_attributes(record),
             # Else an all-zero slice is left out, and cannot be told from a lost one.
             config={"write_empty_chunks": True},
         )
         array[...] = pixels_SHW
         commit = {
             "row": {
-                **_attributes(record),
-                "content_hash": content_hash(_attributes(record), pixels_SHW),
+                **record_attributes(record),
+                "content_hash": content_hash(record_attributes(record), pixels_SHW),
                 "shard_bytes": (partial / SHARD_NAME).stat().st_size,
             },
             "array_sha256": hashlib.sha256((partial / "zarr.json").read_bytes()).hexdigest(),
@@ -222,7 +280,8 @@ def write_series(store: Path, record: SeriesRecord, pixels_SHW: np.ndarray) -> N
         (partial / COMMIT_NAME).write_text(canonical_json(commit))
 
 
-def _attributes(record: SeriesRecord) -> dict[str, Any]:
+def record_attributes(record: SeriesRecord) -> dict[str, Any]:
+    """Return a record as the JSON attributes of its array."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(record).items()}
 
 
@@ -236,19 +295,19 @@ def content_hash(attributes: dict[str, Any], pixels_SHW: np.ndarray) -> str:
 
 def sweep_store(store: Path) -> None:
     """Delete what killed writers left in a store. Only for the one job that holds its lock."""
-    for folder in [store, store / "manifest", *_fan_out(store)]:
+    for folder in [store, store / "manifest", store / "candidates", *_fan_out(store)]:
         sweep_partials(folder)
 
 
-def _fan_out(store: Path) -> Iterator[Path]:
-    """Folders that hold series, in order."""
+def _fan_out(store: Path, part: str = "") -> Iterator[Path]:
+    """Folders that hold the series of a part, in order."""
     names = sorted(entry.name for entry in os.scandir(store) if len(entry.name) == 2 and entry.is_dir())
-    return (store / name for name in names)
+    return (store / name for name in names if name.startswith(part))
 
 
-def committed_series(store: Path) -> Iterator[dict[str, Any]]:
-    """Yield the manifest row of every committed series, whether or not the manifest has it yet, by fan-out folder."""
-    for folder in _fan_out(store):
+def committed_series(store: Path, part: str = "") -> Iterator[dict[str, Any]]:
+    """Yield the manifest row of every committed series of a part, whether or not the manifest has it yet."""
+    for folder in _fan_out(store, part):
         for name in sorted(os.listdir(folder)):
             if not name.startswith(PARTIAL_PREFIX):
                 yield _commit_row(folder / name)
@@ -263,18 +322,41 @@ def _commit_row(folder: Path) -> dict[str, Any]:
     return row
 
 
-def write_manifest(store: Path) -> None:
-    """Rebuild the manifest from the commit files, one partition at a time; unchanged partitions are left alone."""
+def write_manifest_part(store: Path, part: str) -> None:
+    """Rebuild one part of the manifest from the commit files; an unchanged part is left alone."""
     commit_point("manifest:before")
-    for character, members in groupby(committed_series(store), key=lambda row: str(row["study_id"])[0]):
-        rows = sorted(members, key=lambda row: str(row["series_id"]))
-        buffer = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, MANIFEST_SCHEMA), buffer, compression="zstd")
-        content, path = buffer.getvalue().to_pybytes(), store / "manifest" / f"{character}.parquet"
-        if not path.exists() or path.read_bytes() != content:
-            write_atomic(path, content)
-            commit_point("manifest:partition")
+    rows = sorted(committed_series(store, part), key=lambda row: str(row["series_id"]))
+    if rows:
+        _replace(store / "manifest" / f"{part}.parquet", pa.Table.from_pylist(rows, MANIFEST_SCHEMA))
     commit_point("manifest:after")
+
+
+def write_candidates_part(store: Path, part: str, rows: list[dict[str, Any]]) -> None:
+    """Write how every stack of a part was judged; exams of earlier runs on other trees stay.
+
+    Parameters
+    ----------
+    store
+        The store.
+    part
+        Its part.
+    rows
+        Values of `CANDIDATES_SCHEMA`.
+    """
+    path = store / "candidates" / f"{part}.parquet"
+    fresh = {row["study_id"] for row in rows}
+    earlier = pq.read_table(path, schema=CANDIDATES_SCHEMA).to_pylist() if path.exists() else []
+    merged = [*rows, *(row for row in earlier if row["study_id"] not in fresh)]
+    merged.sort(key=lambda row: (row["study_id"], row["series_id"]))
+    _replace(path, pa.Table.from_pylist(merged, CANDIDATES_SCHEMA))
+
+
+def _replace(path: Path, table: Any) -> None:  # noqa: ANN401  (pyarrow has no types)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd")
+    content = buffer.getvalue().to_pybytes()
+    if not path.exists() or path.read_bytes() != content:
+        write_atomic(path, content)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -300,8 +382,17 @@ class SliceStore:
         self._rows = manifest.set_index("series_id", drop=False)
 
     @classmethod
-    def open(cls, path: Path | str) -> SliceStore:
+    def open(cls, path: Path | str, *, partition: str | None = None, contrast: str | None = None) -> SliceStore:
         """Open a store after checking that it is complete.
+
+        Parameters
+        ----------
+        path
+            The ``.zarr`` folder.
+        partition
+            One part of `manifest_partitions`; None opens all.
+        contrast
+            Show the series of one contrast only; None shows all.
 
         Raises
         ------
@@ -312,17 +403,20 @@ class SliceStore:
         """
         path = Path(path)
         _root_attributes(path)
-        manifest = _read_manifest(path)
-        for finding in _structural_findings(path, manifest):
+        manifest = _read_manifest(path, partition)
+        for finding in _structural_findings(path, manifest, partition or ""):
             msg = (
                 f"{path}: series {finding.series_id}: {finding.fault}. The store is incomplete: run the same "
                 "`python -m preprocess` command again to finish it, after deleting the series folder if it is damaged"
             )
             raise IncompleteStoreError(msg)
-        if manifest.empty:
+        if contrast is not None:
+            manifest = manifest[manifest["contrast"] == contrast].reset_index(drop=True)
+        if manifest.empty and partition is None:
+            wanted = f" {contrast}" if contrast else ""
             msg = (
-                f"{path} holds no series: the conversion did not finish, or found nothing to convert; run the same "
-                "`python -m preprocess` command again and read its report"
+                f"{path} holds no{wanted} series: the conversion did not finish, or found nothing to convert; run the "
+                "same `python -m preprocess` command again and read its report"
             )
             raise IncompleteStoreError(msg)
         return cls(path, manifest)
@@ -402,16 +496,37 @@ def store_hash(manifest: pd.DataFrame) -> str:
     return content_id(sorted(zip(manifest["series_id"], manifest["content_hash"], strict=True)))
 
 
-def _read_manifest(path: Path) -> pd.DataFrame:
-    parts = sorted((path / "manifest").glob("[!.]*.parquet"))
-    tables = [MANIFEST_SCHEMA.empty_table(), *(pq.read_table(part, schema=MANIFEST_SCHEMA) for part in parts)]
+def manifest_partitions(path: Path) -> list[str]:
+    """Names of the parts of a store's manifest, sorted: prefixes of the study pseudonyms in them."""
+    return sorted(part.stem for part in (path / "manifest").glob("[!.]*.parquet"))
+
+
+def _read_manifest(path: Path, partition: str | None = None) -> pd.DataFrame:
+    parts = manifest_partitions(path) if partition is None else [partition]
+    files = [file for part in parts if (file := path / "manifest" / f"{part}.parquet").exists()]
+    tables = [MANIFEST_SCHEMA.empty_table(), *(pq.read_table(file, schema=MANIFEST_SCHEMA) for file in files)]
     manifest: pd.DataFrame = pa.concat_tables(tables).to_pandas()
     return manifest.sort_values("series_id", ignore_index=True)
 
 
-def _structural_findings(path: Path, manifest: pd.DataFrame) -> Iterator[Finding]:
+def stored_series(path: Path) -> tuple[int, str]:
+    """Count the series of a store and hash their contents, one part of the manifest at a time.
+
+    Returns
+    -------
+    tuple
+        Number of series; what `SliceStore.content_hash` is for the whole store.
+    """
+    pairs: list[tuple[str, str]] = []
+    for part in manifest_partitions(path):
+        table = pq.read_table(path / "manifest" / f"{part}.parquet", columns=["series_id", "content_hash"])
+        pairs += zip(table["series_id"].to_pylist(), table["content_hash"].to_pylist(), strict=True)
+    return len(pairs), content_id(sorted(pairs))
+
+
+def _structural_findings(path: Path, manifest: pd.DataFrame, part: str = "") -> Iterator[Finding]:
     """Compare folders, shards and sizes with the manifest; reads no pixel."""
-    listed = {folder.name: sorted(os.listdir(folder)) for folder in _fan_out(path)}
+    listed = {folder.name: sorted(os.listdir(folder)) for folder in _fan_out(path, part)}
     present = {(folder, name) for folder, names in listed.items() for name in names}
     expected = set(zip(manifest["study_id"].str[:2], manifest["series_id"], strict=True))
     for _, name in sorted(present - expected):
@@ -436,17 +551,33 @@ def _shard_findings(folder: Path, expected_bytes: int) -> Iterator[Finding]:
         yield Finding(folder.name, "wrong_size")
 
 
-def verify_store(path: Path) -> list[Finding]:
+def verify_store(path: Path, mapper: Mapper = map_here) -> list[Finding]:
     """Check everything: completeness as `SliceStore.open` does, then every pixel, attribute and commit file.
+
+    Parameters
+    ----------
+    path
+        The store.
+    mapper
+        Where the parts are read.
 
     Returns
     -------
     list of Finding
         Empty for a sound store.
     """
-    _root_attributes(path)
-    manifest = _read_manifest(path)
-    findings = list(_structural_findings(path, manifest))
+    length = int(_root_attributes(path)["part_characters"])
+    parts = sorted({folder.name[:length] for folder in _fan_out(path)} | set(manifest_partitions(path)))
+    items = ((f"verify-{part}", part) for part in parts)
+    findings: list[Finding] = []
+    for part, found in mapper(partial(_verify_part, path), items, title="verify", total=len(parts), unit="part"):
+        findings += [Finding(f"part {part}", "corrupted")] if isinstance(found, TaskFailure) else found
+    return sorted(findings, key=lambda finding: (finding.series_id, finding.fault))
+
+
+def _verify_part(path: Path, part: str) -> list[Finding]:
+    manifest = _read_manifest(path, part)
+    findings = list(_structural_findings(path, manifest, part))
     faulty = {finding.series_id for finding in findings}
     store = SliceStore(path, manifest)
     for study_id, series_id in zip(manifest["study_id"], manifest["series_id"], strict=True):

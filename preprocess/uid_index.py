@@ -1,73 +1,197 @@
 """Which identifiers became which pseudonyms: the private index that templates and `link` look things up in.
 
-Two Parquet tables in the private folder (mode 0600): ``exams`` (patient id, accession number → pseudonyms) and
-``slices`` (SOP Instance UID → series and slice). They never leave that folder.
+Two folders of Parquet files in the private folder (0700, files 0600), one file per prefix of the study's pseudonym::
+
+    exams/<part>.parquet     patient id, issuer, accession number, study UID → pseudonyms, for every exam seen
+    slices/<part>.parquet    SOP Instance UID → series and slice, for every slice stored
+
+A part is written by one task and read one after the other, so that neither needs the whole index in memory. What a
+store holds is the manifest's word, not this index's: an exam listed here may have no series, a slice may be gone.
 """
 
 from __future__ import annotations
 
+import csv
+import os
+import uuid
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
-from preprocess.commit import commit_point, write_atomic
+from preprocess.commit import PARTIAL_PREFIX, commit_point, fsync_path, write_atomic
 from preprocess.deidentify import normalise
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
+_KEYED = ("issuer", "patient", "accession")
+"""Texts that are looked up in normalised form."""
+
 _EXAMS = pa.schema(
-    [(name, pa.string()) for name in ("patient_key", "accession_key", "patient_id", "study_id", "series_id")]
+    [(name, pa.string()) for name in ("patient_id", "study_id", *_KEYED, "study_uid")]
+    + [(f"{name}_key", pa.string()) for name in _KEYED]
 )
-_SLICES = pa.schema([("sop_uid", pa.string()), ("series_id", pa.string()), ("slice_index", pa.int32())])
+_SLICES = pa.schema(
+    [("study_id", pa.string()), ("series_id", pa.string()), ("slice_index", pa.int32()), ("sop_uid", pa.string())]
+)
+
+EXAM_COLUMNS = ("patient_id", "study_id", "issuer_key", "patient_key", "accession_key")
+"""What `UidIndex.exams_of` returns: keys are normalised, ids are pseudonyms."""
+
+LOOKUP_ROWS = 1_000_000
+"""Index rows compared at a time: enough to share the cost of hashing what is looked for, about 100 MB."""
+
+MAPPING_COLUMNS = {
+    "IssuerOfPatientID": "issuer",
+    "PatientID": "patient",
+    "AccessionNumber": "accession",
+    "StudyInstanceUID": "study_uid",
+    "patient_id": "patient_id",
+    "study_id": "study_id",
+}
+"""Column of the mapping table → column of the index."""
+
+_SHAREABLE_SUFFIXES = (".zarr", ".report", ".midsagittal")
 
 
 class UidIndexError(ValueError):
-    """An identifier that cannot be looked up, or an index that is missing."""
+    """An identifier that cannot be looked up, an index that is missing, or a table that may not be written there."""
 
 
 @dataclass(frozen=True)
 class ExamEntry:
-    """One exam of the tree."""
+    """One exam of the tree, converted or not: identifiers as in the header, and their pseudonyms."""
 
-    patient_key: str
-    """Normalised patient id."""
-    accession_key: str
-    """Normalised accession number, may be empty."""
+    issuer: str
+    """IssuerOfPatientID; empty when absent, as are the next two."""
+    patient: str
+    accession: str
+    study_uid: str
     patient_id: str
     study_id: str
+
+
+@dataclass(frozen=True)
+class SliceEntry:
+    """One slice of the store."""
+
+    sop_uid: str
+    """SOP Instance UID; of a frame of a multi-frame object ``<SOP Instance UID>#<frame number from 1>``."""
+    study_id: str
     series_id: str
-    """Empty when no series of the exam is in the store."""
+    slice_index: int
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_index_part(private: Path, part: str, exams: Sequence[ExamEntry], slices: Sequence[SliceEntry]) -> None:
+    """Write one part of the index; what earlier runs on other trees put into it stays.
+
+    Parameters
+    ----------
+    private
+        Private folder.
+    part
+        Prefix of the pseudonyms of the studies in it. Nobody else may be writing the same part.
+    exams
+        Exams of this run. They replace earlier entries of the same study.
+    slices
+        Stored slices of these exams. They replace earlier entries of the same object in the same study.
+    """
+    study_ids = {exam.study_id for exam in exams} | {place.study_id for place in slices}
+    assert all(study_id.startswith(part) for study_id in study_ids), part
+    commit_point("uid-index:before")
+    exams_by_id = {row["study_id"]: row for row in [*_rows(private, "exams", part), *map(_exam_row, exams)]}
+    _write(_part_path(private, "exams", part), [exams_by_id[key] for key in sorted(exams_by_id)], _EXAMS)
+    commit_point("uid-index:between")
+    merged = [*_rows(private, "slices", part), *map(vars, slices)]
+    slices_by_id = {(row["study_id"], row["sop_uid"]): row for row in merged}
+    ordered = sorted(slices_by_id.values(), key=lambda row: tuple(row[name] for name in _SLICES.names))
+    _write(_part_path(private, "slices", part), ordered, _SLICES)
+    commit_point("uid-index:after")
+
+
+def _exam_row(exam: ExamEntry) -> dict[str, str]:
+    return vars(exam) | {f"{name}_key": normalise(getattr(exam, name)) for name in _KEYED}
+
+
+def _part_path(private: Path, kind: str, part: str) -> Path:
+    return private / kind / f"{part}.parquet"
+
+
+def _rows(private: Path, kind: str, part: str) -> list[dict[str, Any]]:
+    path = _part_path(private, kind, part)
+    rows: list[dict[str, Any]] = pq.ParquetFile(path).read(use_threads=False).to_pylist() if path.exists() else []
+    return rows
+
+
+def _write(path: Path, rows: list[dict[str, Any]], schema: Any) -> None:  # noqa: ANN401  (pyarrow has no types)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="zstd")
+    content = buffer.getvalue().to_pybytes()
+    if not path.exists() or path.read_bytes() != content:
+        write_atomic(path, content, mode=0o600)
+
+
+# --- looking up ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class UidIndex:
-    """Both tables in memory."""
+    """The index of a store, read part by part.
 
-    exams: tuple[ExamEntry, ...]
-    slices: dict[str, tuple[str, int]]
-    """SOP Instance UID → (series_id, slice_index)."""
+    Raises
+    ------
+    UidIndexError
+        If the private folder has none.
+    """
 
-    @classmethod
-    def load(cls, private: Path) -> UidIndex:
-        """Read the index of a store.
+    private: Path
 
-        Raises
-        ------
-        UidIndexError
-            If the private folder has none.
+    def __post_init__(self) -> None:
+        if not self._paths("exams"):
+            msg = f"no identifier index in {self.private}: run `python -m preprocess` on the DICOM tree first"
+            raise UidIndexError(msg)
+
+    def exams_of(self, patient_keys: Any, accession_keys: Any) -> Any:  # noqa: ANN401  (Arrow arrays)
+        """Find the exams that have one of the patient ids or one of the accession numbers.
+
+        Parameters
+        ----------
+        patient_keys, accession_keys
+            Arrow arrays or lists of normalised texts; empty ones match nothing.
+
+        Returns
+        -------
+        pyarrow.Table
+            `EXAM_COLUMNS`, one row per exam, sorted by study.
         """
-        try:
-            exams = pq.read_table(private / "exams.parquet", schema=_EXAMS).to_pylist()
-            slices = pq.read_table(private / "slices.parquet", schema=_SLICES).to_pydict()
-        except OSError:
-            msg = f"no identifier index in {private}: run `python -m preprocess` on the DICOM tree first"
-            raise UidIndexError(msg) from None
-        places = zip(slices["series_id"], slices["slice_index"], strict=True)
-        return cls(tuple(ExamEntry(**row) for row in exams), dict(zip(slices["sop_uid"], places, strict=True)))
+        wanted = {"patient_key": _distinct(patient_keys), "accession_key": _distinct(accession_keys)}
+        return self._matches("exams", pa.schema([_EXAMS.field(name) for name in EXAM_COLUMNS]), wanted)
+
+    def slices_of(self, sop_uids: Any) -> Any:  # noqa: ANN401  (Arrow arrays)
+        """Find stored slices by their objects.
+
+        Parameters
+        ----------
+        sop_uids
+            Arrow array or list, each as in `SliceEntry.sop_uid`.
+
+        Returns
+        -------
+        pyarrow.Table
+            ``study_id``, ``series_id``, ``slice_index``, ``sop_uid``, one row per slice, sorted in this order. An
+            object id that two studies share has several rows.
+        """
+        return self._matches("slices", _SLICES, {"sop_uid": _distinct(sop_uids)})
 
     def locate(self, sop_uids: Sequence[str]) -> list[tuple[str, int]]:
         """Find slices of the store.
@@ -85,54 +209,131 @@ class UidIndex:
         Raises
         ------
         UidIndexError
-            Naming the rows (not the UIDs) that no stored slice matches.
+            Naming the rows (not the UIDs) that no stored slice matches, or that several do.
         """
-        absent = [str(line) for line, uid in enumerate(sop_uids, start=2) if uid not in self.slices]
-        if absent:
+        found: dict[str, list[tuple[str, int]]] = {}
+        for row in self.slices_of(list(sop_uids)).to_pylist():
+            found.setdefault(row["sop_uid"], []).append((row["series_id"], row["slice_index"]))
+        faulty = [str(line) for line, name in enumerate(sop_uids, start=2) if len(found.get(name, ())) != 1]
+        if faulty:
             msg = (
-                f"templates: line(s) {', '.join(absent)} name no slice of a sagittal T2 series in the store; "
-                "choose templates among converted slices (see files.csv in the private folder)"
+                f"templates: line(s) {', '.join(faulty)} name no slice of a sagittal T2 series in the store, or an "
+                "object id that several have; choose templates among converted slices (see the file lists in the "
+                "private folder)"
             )
             raise UidIndexError(msg)
-        return [self.slices[uid] for uid in sop_uids]
+        return [found[name][0] for name in sop_uids]
+
+    def _paths(self, kind: str) -> list[Path]:
+        return sorted((self.private / kind).glob("[!.]*.parquet"))
+
+    def _tables(self, kind: str, columns: Sequence[str]) -> Iterator[Any]:
+        for path in tqdm(self._paths(kind), desc=f"index of {kind}", unit="part", disable=None, delay=1):
+            yield pq.ParquetFile(path).read(columns=list(columns), use_threads=False)
+
+    def _matches(self, kind: str, schema: Any, wanted: dict[str, Any]) -> Any:  # noqa: ANN401  (Arrow tables)
+        if not any(map(len, wanted.values())):
+            return schema.empty_table()
+        found = [schema.empty_table()]
+        for table in in_batches(self._tables(kind, schema.names)):
+            masks = [pc.is_in(table[name], value_set=values) for name, values in wanted.items()]
+            found.append(table.filter(masks[0] if len(masks) == 1 else pc.or_(*masks)))
+        return pa.concat_tables(found)
 
 
-def write_uid_index(private: Path, exams: Sequence[ExamEntry], slices: dict[str, tuple[str, int]]) -> UidIndex:
-    """Add the exams of a run to the index; exams of earlier runs on other trees stay.
+def in_batches(tables: Iterable[Any]) -> Iterator[Any]:
+    """Join small tables to some of at least `LOOKUP_ROWS` rows each (the last may have fewer)."""
+    waiting: list[Any] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= LOOKUP_ROWS:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _distinct(values: Any) -> Any:  # noqa: ANN401  (Arrow arrays)
+    array = values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values, pa.string())
+    distinct = pc.unique(array)
+    return distinct.filter(pc.fill_null(pc.not_equal(distinct, ""), fill_value=False))
+
+
+# --- mapping table ---------------------------------------------------------------------------------------------------
+
+
+def write_mapping_table(private: Path, out: Path) -> int:
+    """Write identifiers and pseudonyms of every exam as CSV (0600), for re-identification or later erasure.
 
     Parameters
     ----------
     private
-        Private folder.
-    exams
-        Exams of this run.
-    slices
-        SOP Instance UID → (series_id, slice_index) of this run's stored slices.
+        Private folder of a store.
+    out
+        The table, columns of `MAPPING_COLUMNS`, sorted by study. Replaced only if it is such a table.
+
+    Returns
+    -------
+    int
+        Exams written.
+
+    Raises
+    ------
+    UidIndexError
+        If there is no index, or `out` lies in a folder made to be shared, or is another file.
     """
-    commit_point("uid-index:before")
-    if (private / "exams.parquet").exists() and (private / "slices.parquet").exists():
-        earlier = UidIndex.load(private)
-        fresh = {exam.study_id for exam in exams}
-        exams = [*exams, *(exam for exam in earlier.exams if exam.study_id not in fresh)]
-        slices = earlier.slices | slices
-    ordered = sorted(exams, key=lambda exam: exam.study_id)
-    columns = {name: [getattr(exam, name) for exam in ordered] for name in _EXAMS.names}
-    places = sorted((series_id, index, uid) for uid, (series_id, index) in slices.items())
-    series_ids, indices, uids = zip(*places, strict=True) if places else ((), (), ())
-    _write(private / "exams.parquet", pa.Table.from_pydict(columns, _EXAMS))
-    commit_point("uid-index:between")
-    table = {"sop_uid": list(uids), "series_id": list(series_ids), "slice_index": list(indices)}
-    _write(private / "slices.parquet", pa.Table.from_pydict(table, _SLICES))
-    commit_point("uid-index:after")
-    return UidIndex(tuple(ordered), slices)
+    index = UidIndex(private)
+    _check_mapping_path(out)
+    with stream_atomic(out, mode=0o600) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(MAPPING_COLUMNS)
+        count = 0
+        for table in index._tables("exams", tuple(MAPPING_COLUMNS.values())):
+            columns = [table[name].to_pylist() for name in MAPPING_COLUMNS.values()]
+            writer.writerows(zip(*columns, strict=True))
+            count += len(table)
+    return count
 
 
-def _write(path: Path, table: Any) -> None:  # noqa: ANN401  (pyarrow has no types)
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
-    write_atomic(path, buffer.getvalue().to_pybytes(), mode=0o600)
+def _check_mapping_path(out: Path) -> None:
+    for path in (out.absolute(), out.resolve()):
+        inside = [part for part in path.parts if part.endswith(_SHAREABLE_SUFFIXES)]
+        if inside:
+            msg = f"the mapping table may not be written into {inside[0]}, which is made to be shared: use another path"
+            raise UidIndexError(msg)
+    if out.exists() and not _is_mapping_table(out):
+        msg = f"{out} exists and is no mapping table: choose another path"
+        raise UidIndexError(msg)
 
 
-def exam_entry(patient: str, accession: str, *, patient_id: str, study_id: str, series_id: str) -> ExamEntry:
-    """Make an entry from header texts and pseudonyms."""
-    return ExamEntry(normalise(patient), normalise(accession), patient_id, study_id, series_id)
+def _is_mapping_table(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    header = (",".join(MAPPING_COLUMNS) + "\n").encode()
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+@contextmanager
+def stream_atomic(path: Path, *, mode: int = 0o644) -> Iterator[TextIO]:
+    """Yield a text file that becomes `path` when the block ends, and vanishes when it raises.
+
+    Parameters
+    ----------
+    path
+        Final path; its folder is made when missing.
+    mode
+        Permission bits, set before the first byte is written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f"{PARTIAL_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        fsync_path(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)

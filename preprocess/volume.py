@@ -6,10 +6,12 @@ A fault of any slice stops the stack and names the file it came from.
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import pydicom
@@ -19,12 +21,15 @@ from pydicom.pixels.utils import pixel_array
 from preprocess.geometry import StackGeometry, canonical_pixels, stack_geometry
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from preprocess.index import FileRow
     from preprocess.stacks import Stack
 
 _NATIVE_SYNTAXES = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"}
+
+_ImageName: TypeAlias = "tuple[str, int | None]"
+"""Path and frame."""
 
 
 class VolumeError(ValueError):
@@ -34,17 +39,17 @@ class VolumeError(ValueError):
     ----------
     code
         Error code; also the message, so that nothing of the file crosses a process.
-    paths
-        Files at fault; empty when the stack as a whole is.
+    faults
+        Path → code of the files at fault; empty when the stack as a whole is.
     """
 
-    def __init__(self, code: str, paths: Sequence[str] = ()) -> None:
+    def __init__(self, code: str, faults: Mapping[str, str] | None = None) -> None:
         super().__init__(code)
         self.code = code
-        self.paths = tuple(paths)
+        self.faults = dict(faults or {})
 
-    def __reduce__(self) -> tuple[type[VolumeError], tuple[str, tuple[str, ...]]]:
-        return VolumeError, (self.code, self.paths)
+    def __reduce__(self) -> tuple[type[VolumeError], tuple[str, dict[str, str]]]:
+        return VolumeError, (self.code, self.faults)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Slice:
     """Stored values, native byte order, as the file has them."""
     slope: float
     intercept: float
+    padding: int | None = None
+    """Stored value of pixels outside the scanned region, if the header names one."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,15 @@ class Volume:
     rescale_intercept: tuple[float, ...]
     inverted: bool
     """MONOCHROME1 was turned over so that large is bright."""
+    padding: int | None
+    """Stored value that marks pixels outside the scanned region; None when no slice, or not every slice, names one."""
+    faults: Mapping[str, str]
+    """Path → code of slices left out, where gaps are allowed."""
 
 
-def load_volume(root: Path, stack: Stack) -> Volume:
+def load_volume(
+    root: Path, stack: Stack, *, allow_gaps: bool = False, known_faults: Mapping[str, str] | None = None
+) -> Volume:
     """Decode a stack and bring it to canonical orientation.
 
     Parameters
@@ -80,6 +93,10 @@ def load_volume(root: Path, stack: Stack) -> Volume:
         The tree that the stack's paths are relative to.
     stack
         Rows and duplicates of one stack.
+    allow_gaps
+        Leave slices out that cannot be decoded, and accept missing ones.
+    known_faults
+        Path → code of files that must not be touched again, because they killed a process.
 
     Raises
     ------
@@ -88,69 +105,145 @@ def load_volume(root: Path, stack: Stack) -> Volume:
     GeometryError
         If the slices cannot be ordered.
     """
-    geometry = stack_geometry(stack.rows)
+    if not allow_gaps:
+        stack_geometry(stack.rows)  # before the pixels are read for nothing
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        by_path = {row.path: decode(root, row) for row in stack.rows}
-        _compare_duplicates(root, stack, by_path)
-    slices = [by_path[stack.rows[index].path] for index in geometry.order]
+        images, faults = _decode_all(root, stack.rows, known_faults or {})
+        if faults and not (allow_gaps and len(faults) < len(stack.rows)):
+            raise VolumeError(min(faults.values()), faults)
+        _compare_duplicates(root, stack, images)
+    return _assemble([row for row in stack.rows if _name(row) in images], images, faults, allow_gaps=allow_gaps)
+
+
+def _assemble(
+    rows: list[FileRow], images: dict[_ImageName, Slice], faults: dict[str, str], *, allow_gaps: bool
+) -> Volume:
+    geometry = stack_geometry(rows, allow_gaps=allow_gaps)
+    slices = [images[_name(rows[index])] for index in geometry.order]
     flips = {"transpose": geometry.transpose, "flip_rows": geometry.flip_rows, "flip_columns": geometry.flip_columns}
     dtype = common_dtype([item.pixels_HW for item in slices])
     canonical = [canonical_pixels(item.pixels_HW, **flips) for item in slices]
     pixels_SHW = np.empty((len(canonical), *canonical[0].shape), dtype)
     for index, image in enumerate(canonical):
         pixels_SHW[index] = image
+    paddings = {item.padding for item in slices}
     return Volume(
         pixels_SHW,
         geometry,
         rescale_slope=tuple(item.slope for item in slices),
         rescale_intercept=tuple(item.intercept for item in slices),
-        inverted=any(row.photometric == "MONOCHROME1" for row in stack.rows),
+        inverted=any(row.photometric == "MONOCHROME1" for row in rows),
+        padding=paddings.pop() if len(paddings) == 1 else None,
+        faults=faults,
     )
 
 
+def _name(row: FileRow) -> _ImageName:
+    return row.path, row.frame
+
+
+def _decode_all(
+    root: Path, rows: Sequence[FileRow], known_faults: Mapping[str, str]
+) -> tuple[dict[_ImageName, Slice], dict[str, str]]:
+    """Decode every image, one file at a time; files that cannot be are named with their code."""
+    frames: dict[str, list[FileRow]] = defaultdict(list)
+    for row in rows:
+        frames[row.path].append(row)
+    images: dict[_ImageName, Slice] = {}
+    faults: dict[str, str] = {}
+    for path, members in frames.items():
+        try:
+            if path in known_faults:
+                raise VolumeError(known_faults[path])
+            images |= dict(zip(map(_name, members), decode_file(root, members), strict=True))
+        except VolumeError as error:
+            faults[path] = error.code
+    return images, faults
+
+
 def decode(root: Path, row: FileRow) -> Slice:
-    """Decode one single-frame image to stored values.
+    """Decode one image; see `decode_file`."""
+    return decode_file(root, [row])[0]
+
+
+def decode_file(root: Path, rows: Sequence[FileRow]) -> list[Slice]:
+    """Decode the images of one file to stored values.
+
+    Parameters
+    ----------
+    root
+        The tree.
+    rows
+        The file's row, or the rows of some frames of a multi-frame file.
 
     Raises
     ------
     VolumeError
-        Naming the file and why: ``truncated``, ``transfer_syntax``, ``decode_error``, ``bit_depth``, ...
+        Saying why: ``truncated``, ``transfer_syntax``, ``decode_error``, ``bit_depth``, ...
     """
     pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
+    logging.getLogger("pydicom").disabled = True  # its messages quote headers
     try:
-        dataset = pydicom.dcmread(Path(root, row.path), force=True)
-        pixels = _decoded(dataset)
-        slope, intercept = float(dataset.get("RescaleSlope", 1) or 1), float(dataset.get("RescaleIntercept", 0) or 0)
+        dataset = pydicom.dcmread(Path(root, rows[0].path), force=True)
+        _check_length(dataset)
+        slices = [_decoded(dataset, row) for row in rows]
     except VolumeError as error:
-        raise VolumeError(error.code, (row.path,)) from None
+        raise VolumeError(error.code, {rows[0].path: error.code}) from None
     except OSError:
-        raise VolumeError("unreadable_file", (row.path,)) from None
+        raise VolumeError("unreadable_file", {rows[0].path: "unreadable_file"}) from None
     except Exception:  # decoders raise anything; their text may quote the header
-        raise VolumeError("decode_error", (row.path,)) from None
-    if pixels.shape != (row.rows, row.columns):
-        raise VolumeError("decode_error", (row.path,))
-    return Slice(pixels, slope, intercept)
+        raise VolumeError("decode_error", {rows[0].path: "decode_error"}) from None
+    return slices
 
 
-def _decoded(dataset: pydicom.FileDataset) -> np.ndarray:
+def _check_length(dataset: pydicom.FileDataset) -> None:
+    """Fill in an absent transfer syntax, and refuse uncompressed pixels that are shorter than promised."""
     meta = dataset.file_meta
     if "TransferSyntaxUID" not in meta:
         implicit, little = dataset.original_encoding
         native = "1.2.840.10008.1.2" if implicit else "1.2.840.10008.1.2.1" if little else "1.2.840.10008.1.2.2"
         meta.TransferSyntaxUID = pydicom.uid.UID(native)
     if str(meta.TransferSyntaxUID) in _NATIVE_SYNTAXES:
-        promised = int(dataset.Rows) * int(dataset.Columns) * ((int(dataset.BitsAllocated) + 7) // 8)
-        if len(dataset.get("PixelData") or b"") < promised:
+        pixels = int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("NumberOfFrames") or 1)
+        if len(dataset.get("PixelData") or b"") < pixels * ((int(dataset.BitsAllocated) + 7) // 8):
             raise VolumeError("truncated")
+
+
+def _decoded(dataset: pydicom.FileDataset, row: FileRow) -> Slice:
     try:
-        pixels = pixel_array(dataset, raw=True)
+        pixels = pixel_array(dataset, raw=True, index=row.frame)
     except (NotImplementedError, RuntimeError) as error:
         missing = isinstance(error, NotImplementedError) or "missing dependencies" in str(error)
         raise VolumeError("transfer_syntax" if missing else "decode_error") from None
     if pixels.dtype.kind not in "iu":
         raise VolumeError("bit_depth")
-    return _clean_bits(pixels, dataset)
+    if pixels.shape != (row.rows, row.columns):
+        raise VolumeError("decode_error")
+    slope, intercept = row.rescale_slope, row.rescale_intercept  # of a frame, from its functional groups
+    if row.frame is None:
+        slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
+    slope, intercept = float(slope or 1), float(intercept or 0)
+    if not (np.isfinite(slope) and np.isfinite(intercept)):
+        raise VolumeError("decode_error")
+    pixels = _clean_bits(pixels, dataset)
+    return Slice(pixels, slope, intercept, _padding(dataset, pixels))
+
+
+def _padding(dataset: pydicom.Dataset, pixels_HW: np.ndarray) -> int | None:
+    """Return the stored value that marks padding as it stands after `_clean_bits`; None where no such pixel can be."""
+    value = dataset.get("PixelPaddingValue")
+    if not isinstance(value, int):
+        return None
+    bits = int(dataset.get("BitsStored") or dataset.BitsAllocated)
+    signed = bool(dataset.get("PixelRepresentation", 0))
+    value &= (1 << bits) - 1  # the header may spell a negative value as an unsigned one
+    if signed and value >> (bits - 1):
+        value -= 1 << bits
+    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
+        value = ~value if signed else ((1 << bits) - 1) - value
+    limits = np.iinfo(pixels_HW.dtype)
+    return value if limits.min <= value <= limits.max else None
 
 
 def _clean_bits(pixels: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
@@ -197,12 +290,17 @@ def common_dtype(images: Sequence[np.ndarray]) -> np.dtype:
     return dtype
 
 
-def _compare_duplicates(root: Path, stack: Stack, by_path: dict[str, Slice]) -> None:
-    """Refuse files that claim one object id with other pixels."""
-    first = {row.sop_uid: row for row in stack.rows}
+def _compare_duplicates(root: Path, stack: Stack, images: dict[_ImageName, Slice]) -> None:
+    """Refuse files that claim one image and show other pixels."""
+    first = {(row.sop_uid, row.frame): row for row in stack.rows}
     for row in stack.duplicates:
-        original = first[row.sop_uid]
-        twin, known = decode(root, row), by_path[original.path]
+        original = first[row.sop_uid, row.frame]
+        known = images.get(_name(original))
+        if known is None:
+            continue  # left out as faulty; its twin goes with it
+        twin = decode(root, row)
         same_scale = (twin.slope, twin.intercept) == (known.slope, known.intercept)
         if not (same_scale and np.array_equal(twin.pixels_HW, known.pixels_HW)):
-            raise VolumeError("conflicting_duplicate", (original.path, row.path))
+            raise VolumeError(
+                "conflicting_duplicate", dict.fromkeys((original.path, row.path), "conflicting_duplicate")
+            )

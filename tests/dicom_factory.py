@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from typing import TYPE_CHECKING
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    JPEG2000,
+    ExplicitVRLittleEndian,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSNearLossless,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,7 +66,7 @@ def make_dataset(pixels, *, patient="P1", study="s1", series="t2", number=0, pos
             setattr(dataset, name, value)
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.MediaStorageSOPClassUID = MR_IMAGE
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.get("SOPInstanceUID", "1.2.3")
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     return dataset
 
@@ -89,3 +97,42 @@ def make_series(
         )
         paths.append(save(dataset, folder / f"{kw.get('series', 't2')}-{number:03d}.dcm"))
     return paths, pixels
+
+
+def transcode(dataset, syntax):
+    """Bring a dataset with native pixels to another transfer syntax, in place; lossy ones lose up to two grey levels.
+
+    JPEG lossless is encoded by gdcm, JPEG-LS and RLE by pydicom's plugins.
+    """
+    if syntax in (JPEGLossless, JPEGLosslessSV1):
+        dataset.PixelData = encapsulate([_jpeg_lossless(dataset, syntax)])
+        dataset["PixelData"].VR = "OB"
+    elif syntax.is_encapsulated:
+        options = {JPEGLSNearLossless: {"jls_error": 2}, JPEG2000: {"j2k_cr": [4.0]}}.get(syntax, {})
+        dataset.compress(syntax, generate_instance_uid=False, **options)
+        if options:
+            dataset.LossyImageCompression = "01"
+    elif not syntax.is_little_endian:
+        width = dataset.BitsAllocated // 8
+        dataset.PixelData = np.frombuffer(dataset.PixelData, f"<u{width}").astype(f">u{width}").tobytes()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    return dataset
+
+
+def _jpeg_lossless(dataset, syntax) -> bytes:
+    """Codestream of a single-frame image by gdcm, which wants a file."""
+    import gdcm
+
+    change = gdcm.ImageChangeTransferSyntax()
+    change.SetTransferSyntax(gdcm.TransferSyntax(gdcm.TransferSyntax.GetTSType(str(syntax))))
+    with tempfile.NamedTemporaryFile() as file:
+        dataset.save_as(file.name, enforce_file_format=True)
+        reader = gdcm.ImageReader()
+        reader.SetFileName(file.name)
+        reader.Read()
+    change.SetInput(reader.GetImage())
+    if not change.Change():
+        msg = f"gdcm cannot encode {syntax.name}"
+        raise RuntimeError(msg)
+    fragments = change.GetOutput().GetDataElement().GetSequenceOfFragments()
+    return fragments.GetFragment(0).GetByteValue().GetBuffer().encode("utf-8", "surrogateescape")

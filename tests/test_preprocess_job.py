@@ -53,11 +53,12 @@ def test_a_dead_worker_costs_one_item_and_an_error_is_raised(cluster):
         msg = f"item {item} refused"
         raise ValueError(msg)
 
-    results = dict(map_on_ray(die_on_two, [1, 2, 3], names=["a", "b", "c"], title="items"))
-    assert (results[0], results[2]) == (10, 30)
-    assert isinstance(results[1], TaskFailure)
+    items = [("a", 1), ("b", 2), ("c", 3)]
+    results = dict(map_on_ray(die_on_two, items, title="items", total=3))
+    assert (results[1], results[3]) == (10, 30)
+    assert isinstance(results[2], TaskFailure)
     with pytest.raises(ValueError, match="item 1 refused"):
-        list(map_on_ray(refuse, [1], names=["a"], title="items"))
+        list(map_on_ray(refuse, [("a", 1)], title="items", total=1))
 
 
 def test_relative_paths_are_refused_inside_a_ray_job(monkeypatch):
@@ -70,11 +71,11 @@ def test_relative_paths_are_refused_inside_a_ray_job(monkeypatch):
         require_absolute([Path("/absolute"), Path("relative")])
 
 
-def crash_on(bad, function, items, *, names, title):
+def crash_on(bad, function, items, **_):
     """A mapper whose tasks die when they hold one certain file."""
-    for index, item in enumerate(items):
+    for _, item in items:
         paths = [file.path for file in item] if isinstance(item, list) else []
-        yield index, TaskFailure() if bad in paths else function(item)
+        yield item, TaskFailure() if bad in paths else function(item)
 
 
 def test_a_header_that_kills_its_process_costs_one_file(tmp_path):

@@ -1,20 +1,35 @@
+import io
+import json
+import re
+
 import numpy as np
 import pytest
 from dicom_factory import make_series
+from matplotlib.image import imread
 from pydicom import dcmread
 from scipy import ndimage
+from store_factory import make_record, make_store, pseudonym
 
+from preprocess import contact_sheet
 from preprocess.commit import committed_directory
+from preprocess.corrections import read_corrections
+from preprocess.mapper import TaskFailure, map_here
 from preprocess.midsagittal import (
+    FLAG_BELOW,
+    choose_for_store,
+    load_midsagittal,
+    locate_templates,
+    read_template_list,
+)
+from preprocess.pipeline import ConvertJob, convert_tree
+from preprocess.store import SliceStore
+from preprocess.template_match import (
     MidsagittalError,
     find_midsagittal,
-    load_midsagittal,
     load_templates,
     make_templates,
     slice_similarity,
 )
-from preprocess.pipeline import ConvertJob, convert_tree
-from preprocess.store import SliceStore
 
 
 def spine(seed, *, middle, shape=(11, 96, 96), shift=(0, 0), scale=1.0, tilt_deg=0.0, noise=30.0):
@@ -97,13 +112,241 @@ def test_templates_survive_a_file(tmp_path):
     np.testing.assert_array_equal(again.spectra_TGK, templates.spectra_TGK)
 
 
-def test_refusals(tmp_path):
+def test_what_cannot_be_judged_is_refused(tmp_path):
     with pytest.raises(MidsagittalError, match="another patient"):
         find_midsagittal(spine(0, middle=4), (2.9, 2.9), templates_of(4).without_patient("patient0"))
     with pytest.raises(MidsagittalError, match="--templates"):
         load_templates(tmp_path / "none.npz")
     with pytest.raises(MidsagittalError, match="--templates"):
         load_midsagittal(tmp_path)
+
+
+# --- the artefact of a store -----------------------------------------------------------------------------------------
+
+MIDDLES = (4, 6, 3, 7, 5, 4)
+SPACING_MM = (4.0, 2.9, 2.9)
+TEMPLATES = [(pseudonym("t", 0), 4), (pseudonym("t", 1), 6)]
+
+
+@pytest.fixture(scope="module")
+def series():
+    """Exams with known middles; the last is noise, and each patient also has a T1 series that must not be judged."""
+    pairs = []
+    for number, middle in enumerate(MIDDLES):
+        pixels = spine(number, middle=middle)
+        pairs.append((make_record(number, pixels, spacing_mm=SPACING_MM), pixels))
+        t1 = {"contrast": "t1_sagittal", "series_id": pseudonym("u", number)}
+        pairs.append((make_record(number, pixels[:5], spacing_mm=SPACING_MM, **t1), pixels[:5]))
+    noise = np.random.default_rng(0).integers(0, 999, (11, 96, 96)).astype(np.uint16)
+    return [*pairs, (make_record(6, noise, spacing_mm=SPACING_MM), noise)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, series):
+    return make_store(tmp_path_factory.mktemp("store") / "x.zarr", series)
+
+
+@pytest.fixture(scope="module")
+def artefact(store):
+    return choose_for_store(store, store.with_suffix(".midsagittal"), TEMPLATES, map_here)
+
+
+def corrected(tmp_path, *lines):
+    path = tmp_path / "corrections.csv"
+    path.write_text("\n".join(["study_id,slice_index,note", *lines]) + "\n")
+    return path
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_t2_series_is_judged_as_it_would_be_alone(store, series, artefact):
+    table = load_midsagittal(artefact).set_index("series_id")
+    assert table.index.tolist() == SliceStore.open(store, contrast="t2_sagittal").manifest["series_id"].tolist()
+    templates = load_templates(artefact / "templates.npz")
+    for record, pixels in series:
+        if record.contrast == "t2_sagittal":
+            alone = find_midsagittal(pixels, SPACING_MM[1:], templates.without_patient(record.patient_id))
+            row = table.loc[record.series_id]
+            assert (row["slice_index"], row["template_id"]) == (alone.slice_index, alone.template_id)
+            numbers = (alone.score, alone.confidence, alone.margin)
+            assert (row["score"], row["confidence"], row["margin"]) == numbers
+
+
+def test_middles_are_found_and_only_noise_is_flagged(artefact):
+    table = load_midsagittal(artefact).sort_values("study_id")
+    assert table["slice_index"].tolist()[:-1] == list(MIDDLES)
+    assert table["found_index"].tolist()[:-1] == list(MIDDLES)
+    assert table["flagged"].tolist() == [False] * len(MIDDLES) + [True]
+    assert set(table["source"]) == {"template"}
+
+
+def test_meta_names_templates_owners_thresholds_and_counts(store, artefact):
+    meta = json.loads((artefact / "meta.json").read_text())
+    assert meta["store"] == SliceStore.open(store, contrast="t2_sagittal").content_hash
+    assert [row["template_id"] for row in meta["templates"]] == [f"{sid}/{index}" for sid, index in TEMPLATES]
+    assert [row["patient_id"] for row in meta["templates"]] == [pseudonym("p", 0), pseudonym("p", 1)]
+    assert (meta["thresholds"], meta["studies"], meta["flagged"], meta["corrections"]) == (FLAG_BELOW, 7, 1, 0)
+
+
+def test_correction_moves_the_slice_keeps_what_was_found_and_settles_the_flag(store, artefact, tmp_path):
+    lines = [f"{pseudonym('s', 6)},2,noise only", f"{pseudonym('s', 3)}, 7 ,right already"]
+    again = choose_for_store(store, tmp_path, TEMPLATES, map_here, corrected(tmp_path, *lines))
+    before, after = (load_midsagittal(folder).set_index("study_id") for folder in (artefact, again))
+    noise, right = pseudonym("s", 6), pseudonym("s", 3)
+    assert after.loc[noise, "slice_index"] == 2
+    assert after.loc[[noise, right], "source"].tolist() == ["correction"] * 2
+    assert not after["flagged"].any()
+    unchanged = ["found_index", "score", "confidence", "margin", "template_id"]
+    assert after[unchanged].equals(before[unchanged])
+    rest = after.index.difference([noise, right])
+    assert after.loc[rest].equals(before.loc[rest])
+    meta = json.loads((again / "meta.json").read_text())
+    assert (meta["corrections"], meta["corrections_that_moved"]) == (2, 1)
+    assert again.name != artefact.name
+    assert not any(b"noise only" in content for content in files_of(again).values())
+
+
+def test_artefact_is_made_once_and_is_the_same_bytes_anywhere(store, artefact, tmp_path):
+    def backwards(function, items, **_):
+        return [(item, function(item)) for _, item in reversed(list(items))]
+
+    def never(*_, **__):
+        pytest.fail("it exists")
+
+    assert choose_for_store(store, artefact.parent, TEMPLATES, never) == artefact
+    again = choose_for_store(store, tmp_path, TEMPLATES[::-1] + TEMPLATES, backwards)
+    assert again.name == artefact.name
+    assert files_of(again) == files_of(artefact)
+
+
+def test_each_task_opens_its_part_only(store, tmp_path, monkeypatch):
+    opened = []
+
+    def open_part(path, *, partition=None, contrast=None):
+        opened.append(partition)
+        return original(path, partition=partition, contrast=contrast)
+
+    original = SliceStore.open
+    monkeypatch.setattr(SliceStore, "open", open_part)
+    choose_for_store(store, tmp_path, TEMPLATES, map_here)
+    assert set(opened) == set("abcdefg")
+
+
+@pytest.mark.parametrize(
+    ("lines", "faults"),
+    [
+        (["{s0},4", "PAT-7,3"], ["line 3: study_id names no study"]),
+        (["{s0},11"], ["line 2: slice_index is out of range, the series has slices 0 to 10"]),
+        (["{s0},-1", "{s1},4.0", "{s2},"], [f"line {line}: slice_index is not an integer" for line in (2, 3, 4)]),
+        (["{s0},4", "{s1},3", "{s0},4"], [f"line {line}: its study stands on 2 lines" for line in (2, 4)]),
+        (["PAT-7,x"], ["line 2: study_id names no study", "slice_index is not an integer"]),
+    ],
+    ids=["unknown", "range", "integer", "duplicate", "two faults"],
+)
+def test_faulty_corrections_are_refused_whole(store, tmp_path, lines, faults):
+    ids = {f"s{number}": pseudonym("s", number) for number in range(3)}
+    given = corrected(tmp_path, *(line.format(**ids) for line in lines))
+    with pytest.raises(MidsagittalError) as caught:
+        choose_for_store(store, tmp_path / "out", TEMPLATES, map_here, given)
+    assert all(fault in str(caught.value) for fault in faults)
+    assert "PAT-7" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_correction_file_without_its_columns_is_refused(tmp_path):
+    (tmp_path / "c.csv").write_text("study;slice\n")
+    with pytest.raises(MidsagittalError, match="lacks the column"):
+        read_corrections(tmp_path / "c.csv")
+    with pytest.raises(MidsagittalError, match="cannot be read"):
+        read_corrections(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("slices", "match"),
+    [
+        ([(pseudonym("t", 0), 11), (pseudonym("t", 1), 6), ("stranger", 0)], "line 2: no slice 11.*line 4: no slice 0"),
+        ([(pseudonym("u", 0), 2)], "line 2: no slice 2 of a sagittal T2 series"),
+        ([TEMPLATES[0]], "no template of another patient"),
+    ],
+    ids=["unknown", "other contrast", "own only"],
+)
+def test_templates_that_do_not_fit_are_refused(store, tmp_path, slices, match):
+    with pytest.raises(MidsagittalError, match=match):
+        choose_for_store(store, tmp_path, slices, map_here)
+
+
+def test_a_task_that_died_is_no_artefact(store, tmp_path):
+    def dying(function, items, **_):
+        return [(item, TaskFailure()) for _, item in items]
+
+    with pytest.raises(MidsagittalError, match="died on every attempt"):
+        choose_for_store(store, tmp_path / "out", TEMPLATES, dying)
+    assert not (tmp_path / "out").exists()
+
+
+def test_templates_by_pseudonym_need_no_private_index(tmp_path):
+    (tmp_path / "t.csv").write_text("series_id,slice_index\nabc,4\ndef,06\n")
+    names = read_template_list(tmp_path / "t.csv")
+    assert locate_templates(names, lambda _: pytest.fail("no UID")) == [("abc", 4), ("def", 6)]
+
+
+@pytest.mark.parametrize("text", ["series_id,slice_index\nabc,4\ndef,x\n", "SOPInstanceUID\n1.2\n \n"], ids=str)
+def test_template_rows_without_a_name_are_refused(tmp_path, text):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(MidsagittalError, match=r"faulty line\(s\): 3"):
+        read_template_list(tmp_path / "t.csv")
+
+
+# --- the contact sheet -----------------------------------------------------------------------------------------------
+
+
+def shown_studies(page):
+    return re.findall(r'<span class="id">(\w+)</span>', page)
+
+
+def test_sheet_shows_flagged_studies_first_and_needs_no_other_file(artefact):
+    page = (artefact / "contact_sheet.html").read_text()
+    assert shown_studies(page) == [pseudonym("s", number) for number in (6, 0, 1, 2, 3, 4, 5)]
+    assert page.count('class="badge">flagged') == 1
+    assert page.count("data:image/png;base64,") == 7
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert imread(io.BytesIO((artefact / "contact_sheet.png").read_bytes())).shape[:2] == (160, 7 * 160)
+
+
+def test_sheet_says_what_was_corrected(store, tmp_path):
+    line = f"{pseudonym('s', 2)},5"
+    again = choose_for_store(store, tmp_path, TEMPLATES, map_here, corrected(tmp_path, line))
+    page = (again / "contact_sheet.html").read_text()
+    assert shown_studies(page)[:2] == [pseudonym("s", 6), pseudonym("s", 2)]
+    assert "corrected, found 3" in page
+
+
+def test_sheet_of_a_large_cohort_is_bounded_and_paged(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(contact_sheet, "MAX_STUDIES", 5)
+    monkeypatch.setattr(contact_sheet, "PAGE_STUDIES", 2)
+    folder = choose_for_store(store, tmp_path, TEMPLATES, map_here)
+    pages = [(folder / f"contact_sheet{suffix}.html").read_text() for suffix in ("", "_2", "_3")]
+    counts = [len(shown_studies(page)) for page in pages]
+    assert counts == [2, 2, 1]
+    assert shown_studies(pages[0])[0] == pseudonym("s", 6)
+    assert 'href="contact_sheet_3.html"' in pages[0]
+    assert "random sample" in pages[0]
+
+
+def test_strip_shows_the_slice_between_its_neighbours_in_the_proportions_of_the_body():
+    volume = np.zeros((3, 20, 10), np.uint16)
+    volume[0, :, :5] = volume[1, :10] = 100
+    strip = contact_sheet.make_strip(volume, 1, (1.0, 1.0))
+    right, middle, left = strip[:, :160], strip[:, 160:320], strip[:, 320:]
+    assert (right[:, 40:80].min(), right[:, 80:].max()) == (255, 0)
+    assert (middle[:80, 40:120].min(), middle[80:].max(), middle[:, :40].max()) == (255, 0, 0)
+    assert left.max() == 0
+    assert not contact_sheet.make_strip(volume, 0, (1.0, 1.0))[:, :160].any()
+
+
+# --- from DICOM ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -124,6 +367,7 @@ def test_the_artefact_names_the_middle_of_every_series(cohort):
     table = load_midsagittal(outcome.midsagittal)
     assert sorted(table["slice_index"]) == sorted(middles.values())
     assert table["series_id"].tolist() == SliceStore.open(root / "x.zarr").manifest["series_id"].tolist()
+    assert not table["flagged"].any()
     own = table["template_id"].str.partition("/")[0] == table["series_id"]
     assert not own.any(), "a patient was judged by their own slice"
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from dicom_factory import make_dataset, make_series, save
-from pydicom import dcmread, dcmwrite
+from dicom_factory import SAGITTAL, make_dataset, make_series, save
+from pydicom import Dataset, Sequence, dcmread, dcmwrite
 from pydicom.pixels import pixel_array
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -18,10 +18,10 @@ from preprocess.stacks import make_stacks
 from preprocess.volume import VolumeError, load_volume
 
 
-def load(folder):
-    rows = index_files(str(folder), walk(folder))
-    (stack,) = make_stacks(rows, {})
-    return load_volume(folder, stack)
+def load(folder, **options):
+    rows = index_files(str(folder), list(walk(folder)))
+    (stack,) = make_stacks(rows, [])
+    return load_volume(folder, stack, **options)
 
 
 def rewrite(path, change):
@@ -136,7 +136,7 @@ def test_the_damaged_file_is_named(tmp_path, damage, codes):
     with pytest.raises(VolumeError) as caught:
         load(tmp_path)
     assert caught.value.code in codes
-    assert caught.value.paths == (paths[3].name,)
+    assert caught.value.faults == {paths[3].name: caught.value.code}
 
 
 def test_equal_copies_are_dropped_and_unequal_ones_refused(tmp_path):
@@ -147,7 +147,7 @@ def test_equal_copies_are_dropped_and_unequal_ones_refused(tmp_path):
     rewrite(copy, lambda dataset: setattr(dataset, "PixelData", bytes(len(dataset.PixelData))))
     with pytest.raises(VolumeError, match="conflicting_duplicate") as caught:
         load(tmp_path)
-    assert set(caught.value.paths) == {paths[1].name, "copy.dcm"}
+    assert set(caught.value.faults) == {paths[1].name, "copy.dcm"}
 
 
 def test_a_missing_slice_is_refused(tmp_path):
@@ -160,13 +160,77 @@ def test_a_missing_slice_is_refused(tmp_path):
 def test_error_survives_pickling():
     import pickle
 
-    error = pickle.loads(pickle.dumps(VolumeError("truncated", ("a",))))
-    assert (error.code, error.paths, str(error)) == ("truncated", ("a",), "truncated")
+    error = pickle.loads(pickle.dumps(VolumeError("truncated", {"a": "truncated"})))
+    assert (error.code, error.faults, str(error)) == ("truncated", {"a": "truncated"}, "truncated")
 
 
 def test_single_image_without_meta_is_read(tmp_path):
     dataset = make_dataset(np.arange(16, dtype=np.uint16).reshape(4, 4))
     path = save(dataset, tmp_path / "image")
     path.write_bytes(path.read_bytes()[132 + 12 + dcmread(path).file_meta.FileMetaInformationGroupLength :])
-    (row,) = index_files(str(tmp_path), walk(tmp_path))
+    (row,) = index_files(str(tmp_path), list(walk(tmp_path)))
     assert (row.fault, row.rows) == ("", 4.0)
+
+
+def frames_of(folder, order):
+    """Write one enhanced multi-frame object whose frames lie in the given order of positions."""
+    pixels = np.random.default_rng(3).integers(0, 4000, (len(order), 6, 7)).astype(np.uint16)
+    dataset = make_dataset(pixels[0], ImagePositionPatient=None, ImageOrientationPatient=None, PixelSpacing=None)
+    dataset.NumberOfFrames, dataset.PixelData = len(order), pixels.tobytes()
+    shared, plane, measures = Dataset(), Dataset(), Dataset()
+    plane.ImageOrientationPatient, measures.PixelSpacing = list(SAGITTAL), [1.0, 1.0]
+    shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = Sequence([plane]), Sequence([measures])
+    dataset.SharedFunctionalGroupsSequence = Sequence([shared])
+    frames = []
+    for number, place in enumerate(order):
+        frame, position, scale = Dataset(), Dataset(), Dataset()
+        position.ImagePositionPatient = [4.0 * place, 0.0, 0.0]
+        scale.RescaleSlope, scale.RescaleIntercept = number + 1, 0
+        frame.PlanePositionSequence, frame.PixelValueTransformationSequence = Sequence([position]), Sequence([scale])
+        frames.append(frame)
+    dataset.PerFrameFunctionalGroupsSequence = Sequence(frames)
+    save(dataset, folder / "enhanced.dcm")
+    return pixels
+
+
+def test_frames_are_ordered_by_their_positions(tmp_path):
+    order = [3, 0, 5, 1, 4, 2]
+    pixels = frames_of(tmp_path, order)
+    volume = load(tmp_path)
+    places = np.argsort(order)
+    np.testing.assert_array_equal(volume.pixels_SHW, pixels[places])
+    assert volume.rescale_slope == tuple(float(place + 1) for place in places)
+
+
+@pytest.mark.parametrize(
+    ("header", "padding"),
+    [
+        ({"PixelPaddingValue": 7}, 7),
+        ({"PixelPaddingValue": 7, "PhotometricInterpretation": "MONOCHROME1"}, 65528),
+        ({"PixelPaddingValue": -2000, "PixelRepresentation": 1}, -2000),
+        ({}, None),
+    ],
+    ids=["unsigned", "turned-over", "signed", "none"],
+)
+def test_padding_is_recorded_as_it_is_stored(tmp_path, header, padding):
+    make_series(tmp_path, **header)
+    assert load(tmp_path).padding == padding
+
+
+def test_negative_padding_may_be_spelt_unsigned(tmp_path):
+    paths, _ = make_series(tmp_path, PixelRepresentation=1)
+    for path in paths:
+        rewrite(path, lambda dataset: dataset.add_new("PixelPaddingValue", "US", 63536))
+    assert load(tmp_path).padding == -2000
+
+
+def test_gaps_are_recorded_where_they_are_allowed(tmp_path):
+    paths, pixels = make_series(tmp_path, shape=(9, 6, 6))
+    paths[3].unlink()
+    rewrite(paths[6], lambda dataset: setattr(dataset, "PixelData", bytes(10)))
+    volume = load(tmp_path, allow_gaps=True)
+    np.testing.assert_array_equal(volume.pixels_SHW, pixels[[8, 7, 5, 4, 2, 1, 0]])
+    assert volume.faults == {paths[6].name: "truncated"}
+    assert volume.geometry.missing_mm == (8.0, 20.0)
+    assert volume.geometry.positions_mm == (0.0, 4.0, 12.0, 16.0, 24.0, 28.0, 32.0)
+    assert volume.geometry.spacing_slice_mm == 4.0

@@ -4,7 +4,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from store_factory import make_record, make_store, pseudonym
+
+from lbp_ray.annotations import LEVELS
+from lbp_ray.prepare import find_midsagittal_artefact, prepare
+from lbp_ray.runs import RunError
 from lbp_ray.splits import HOLDOUT, SplitError, check_split, holdout_commitment, make_split, split_hash
+from lbp_ray.study import StudyConfig
+from preprocess.mapper import map_here
+from preprocess.midsagittal import choose_for_store
+from preprocess.store import SliceStore
 
 
 def cohort(seed, patients=120, share=0.3):
@@ -69,3 +78,112 @@ def test_hash_covers_folds_and_labels():
     moved = split.assign(fold=split["fold"].replace({0: 1, 1: 0}))
     hashes = {split_hash(split, labels), split_hash(moved, labels), split_hash(split, labels | {"s0000": 1})}
     assert len(hashes) == 3
+
+
+# --- patients with templates -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_template_patients_are_never_sealed_and_balance_and_size_stay(seed):
+    exams = cohort(seed)
+    free = make_split(exams, folds=10, holdout_fraction=0.1, seed=seed)
+    never = frozenset(free.loc[free["fold"] == HOLDOUT, "patient_id"].unique()[:6])
+    split = make_split(exams, folds=10, holdout_fraction=0.1, seed=seed, never_holdout=never)
+    sealed = set(split.loc[split["fold"] == HOLDOUT, "patient_id"])
+    assert not sealed & never
+    assert len(sealed) == 12
+    patients = split.merge(exams[["study_id", "label"]], on="study_id").groupby("patient_id")
+    patients = patients.agg(fold=("fold", "first"), label=("label", "max")).query("fold >= 0")
+    assert np.ptp(patients.groupby("fold")["label"].sum()) <= 1
+    assert np.ptp(patients.groupby("fold").size()) <= 2
+
+
+def test_strangers_to_the_cohort_change_no_draw():
+    exams = cohort(0)
+    free = make_split(exams, folds=5, holdout_fraction=0.1, seed=0)
+    kept = make_split(exams, folds=5, holdout_fraction=0.1, seed=0, never_holdout=frozenset({"stranger"}))
+    pd.testing.assert_frame_equal(free, kept)
+
+
+def test_too_few_patients_without_a_template_are_refused():
+    exams = cohort(0)
+    never = frozenset(exams.loc[exams["label"] == 1, "patient_id"])
+    with pytest.raises(SplitError, match=r"hold-out of 12 patients .* choose templates of fewer patients"):
+        make_split(exams, folds=5, holdout_fraction=0.1, seed=0, never_holdout=never)
+
+
+NUM_EXAMS = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A linked cohort of tiny exams, labels alternating."""
+    root = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    series, answers, images = [], [], []
+    for number in range(NUM_EXAMS):
+        pixels = generator.integers(1, 999, (5, 16, 12)).astype(np.uint16)
+        series.append((make_record(number, pixels), pixels))
+        pain = number % 2
+        ids = {"study_id": pseudonym("s", number), "patient_id": pseudonym("p", number)}
+        grades = {"frequency": 4 * pain, "intensity": 8 * pain, "previous_episodes": pain, "pain_now": pain}
+        answers.append({**ids, "low_back_pain": 1 + pain, **grades})
+        boxes = "".join(f'<box label="{level}" xtl="3" ytl="4" xbr="9" ybr="12"/>' for level in LEVELS)
+        name = f"{ids['study_id']}/{pseudonym('t', number)}/2.png"
+        images.append(f'<image name="{name}" width="12" height="16">{boxes}</image>')
+    make_store(root / "x.zarr", series)
+    pd.DataFrame(answers).to_csv(root / "questionnaire.csv", index=False)
+    (root / "annotations.xml").write_text(f"<annotations>{''.join(images)}</annotations>")
+    return root
+
+
+def prepared(data, runs, owners, **changes):
+    """Prepare a study whose templates are slices of the given exams."""
+    slices = [(pseudonym("t", number), 2) for number in owners]
+    midsagittal = choose_for_store(data / "x.zarr", runs / "midsagittal", slices, map_here)
+    files = {"store": "x.zarr", "questionnaire": "questionnaire.csv", "annotations": "annotations.xml"}
+    paths = {**{name: data / file for name, file in files.items()}, "midsagittal": midsagittal, "runs": runs}
+    settings = {
+        "name": "small",
+        "paths": paths,
+        "roi": {"width_px": 6, "height_px": 8},
+        "split": {"folds": 2, "holdout_fraction": 0.25},
+        "slice_counts": (1,),
+        "recipe": {"weights": "random"},
+        "compute": {"verbose": False},
+    }
+    return prepare(StudyConfig.model_validate(settings | changes))
+
+
+def sealed_exams(study):
+    names = [pseudonym("s", number) for number in range(NUM_EXAMS)]
+    table = study.split.table
+    return [names.index(study_id) for study_id in table.loc[table["fold"] == HOLDOUT, "study_id"]]
+
+
+def test_a_study_never_seals_its_template_patients(data, tmp_path):
+    usual = sealed_exams(prepared(data, tmp_path / "a", [0, 1], midsagittal={"allow_holdout_templates": True}))
+    study = prepared(data, tmp_path / "b", usual[:2])
+    assert not set(sealed_exams(study)) & set(usual[:2])
+    assert study.statements == ()
+
+
+def test_templates_of_sealed_patients_are_refused_unless_allowed_and_then_stated(data, tmp_path):
+    sealed = sealed_exams(prepared(data, tmp_path, [0, 1]))
+    with pytest.raises(SplitError, match=rf"patient {pseudonym('p', sealed[0])} .*choose templates of other patients"):
+        prepared(data, tmp_path, sealed[:1] + [0, 1])
+    study = prepared(data, tmp_path, sealed[:1] + [0, 1], midsagittal={"allow_holdout_templates": True})
+    assert sealed_exams(study) == sealed
+    assert "1 patient(s) of the sealed hold-out gave template slices" in study.statements[0]
+
+
+def test_several_artefacts_are_told_apart_and_none_is_guessed(data):
+    parent = data / "x.midsagittal"
+    first = choose_for_store(data / "x.zarr", parent, [(pseudonym("t", 0), 2), (pseudonym("t", 1), 2)], map_here)
+    store_hash = SliceStore.open(data / "x.zarr", contrast="t2_sagittal").content_hash
+    assert find_midsagittal_artefact(data / "x.zarr", store_hash) == first
+    (data / "c.csv").write_text(f"study_id,slice_index\n{pseudonym('s', 5)},3\n")
+    slices = [(pseudonym("t", 0), 2), (pseudonym("t", 1), 2)]
+    choose_for_store(data / "x.zarr", parent, slices, map_here, data / "c.csv")
+    with pytest.raises(RunError, match=r"2 mid-sagittal artefacts .*with 1 correction\(s\).*paths\.midsagittal"):
+        find_midsagittal_artefact(data / "x.zarr", store_hash)
