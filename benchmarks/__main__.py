@@ -8,7 +8,7 @@ import platform
 import sys
 from typing import TYPE_CHECKING
 
-from benchmarks import frozen_stage, phantom_speed
+from benchmarks import frozen_stage, phantom_speed, preprocess_speed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 BENCHMARKS: dict[str, Callable[[], Iterator[dict[str, object]]]] = {
     "frozen_stage": frozen_stage.measure,
     "phantom_speed": phantom_speed.measure,
+    "preprocess_speed": preprocess_speed.measure,
 }
 
 

@@ -85,9 +85,7 @@ def aggregate(
     return final
 
 
-def _address(
-    config: StudyConfig, prepared: Prepared, specs: Sequence[TrialSpec], environment: dict[str, str]
-) -> str:
+def _address(config: StudyConfig, prepared: Prepared, specs: Sequence[TrialSpec], environment: dict[str, str]) -> str:
     """Content id of everything that a result is made from."""
     truth = config.paths.truth
     return content_id(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
-from matplotlib.image import imsave
+
+from preprocess.png import encode_png
 
 MAX_TILES = 24
 """Studies on one sheet, spread evenly over the cohort."""
@@ -58,6 +57,4 @@ def contact_sheet(tiles: list[np.ndarray]) -> bytes:
     padded = tiles + [blank] * (-len(tiles) % COLUMNS if len(tiles) > COLUMNS else 0)
     width = min(COLUMNS, len(padded))
     rows = [np.concatenate(padded[start : start + width], axis=1) for start in range(0, len(padded), width)]
-    buffer = io.BytesIO()
-    imsave(buffer, np.concatenate(rows, axis=0), format="png", metadata={"Software": ""})
-    return buffer.getvalue()
+    return encode_png(np.concatenate(rows, axis=0))

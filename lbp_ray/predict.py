@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.image import imsave
 from pydantic import Field
 
 from lbp_ray.config import FrozenModel
@@ -26,6 +25,7 @@ from lbp_ray.splits import HOLDOUT
 from preprocess.commit import write_atomic
 from preprocess.exam import ConvertedExam, convert_exam
 from preprocess.midsagittal import TEMPLATE, load_midsagittal
+from preprocess.png import encode_png
 from preprocess.template_match import MidsagittalChoice, find_midsagittal, load_templates
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     write_atomic(parsed.out / "prediction.json", prediction.model_dump_json(indent=1).encode())
-    imsave(parsed.out / "prediction.png", picture)
+    write_atomic(parsed.out / "prediction.png", encode_png(picture))
     sys.stdout.write(_render(prediction) + f"\nevidence: {parsed.out / 'prediction.png'}\n")
     return 0
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -77,13 +78,12 @@ def choose_cards(choices: Any) -> list[Card]:  # noqa: ANN401  (pyarrow has no t
     """
     table = choices.select([field.name for field in fields(Card)])
     is_corrected = pc.field("source") == "correction"
-    flagged = _cards(table.filter(pc.field("flagged")))
-    corrected = _cards(table.filter(is_corrected))
+    flagged = table.filter(pc.field("flagged")).sort_by([("margin", "ascending"), ("study_id", "ascending")])
+    corrected = table.filter(is_corrected).sort_by("study_id")
     others = table.filter(~pc.field("flagged") & ~is_corrected)
-    first = sorted(flagged, key=lambda card: (card.margin, card.study_id)) + sorted(corrected, key=lambda c: c.study_id)
-    room = max(0, MAX_STUDIES - len(first))
-    drawn = nsmallest(room, range(others.num_rows), key=_draw_key(others["study_id"].to_pylist()))
-    return (first + sorted(_cards(others.take(drawn)), key=lambda card: card.study_id))[:MAX_STUDIES]
+    first = _cards(pa.concat_tables([flagged, corrected]).slice(0, MAX_STUDIES))
+    drawn = nsmallest(MAX_STUDIES - len(first), range(others.num_rows), key=_draw_key(others["study_id"].to_pylist()))
+    return first + _cards(others.take(pa.array(drawn, pa.int64())).sort_by("study_id"))
 
 
 def _cards(table: Any) -> list[Card]:  # noqa: ANN401  (pyarrow has no types)

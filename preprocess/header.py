@@ -68,6 +68,9 @@ _ITEM, _ITEM_END, _SEQUENCE_END = (struct.pack("<HH", 0xFFFE, element) for eleme
 _EXPLICIT_HEAD, _IMPLICIT_HEAD, _LENGTH = struct.Struct("<4s2sH"), struct.Struct("<4sL"), struct.Struct("<L")
 HEAD_BYTES = 12
 _PREAMBLE_BYTES = 132
+_PREAMBLE_READS = 2
+"""pydicom's first reads ask for a preamble, which may be absent."""
+
 _VR_LETTERS = range(0x41, 0x5B)
 
 _CHECK, _STOP, _LEAVE = -1, -2, -3
@@ -105,6 +108,8 @@ class Header:
     """SOP class of the meta header."""
     at_pixels: bool
     """Pixel data follow the header."""
+    is_whole: bool = True
+    """Ends in front of pixel data or with the file, not within an element."""
     dataset: pydicom.Dataset | None = None
     """pydicom's data set if pydicom read the file."""
     end: int = 0
@@ -192,7 +197,7 @@ class Reader:
         walk = _Walk(source, explicit)
         end = walk.elements(position, None, self._actions, found)
         values = {tag: _value(tag, vr, raw) for tag, (vr, raw) in found.items()}
-        return Header(values, syntax, media_class, at_pixels=walk.stopped, end=end)
+        return Header(values, syntax, media_class, at_pixels=walk.stopped, is_whole=not walk.cut, end=end)
 
 
 @dataclass(slots=True)
@@ -203,6 +208,8 @@ class _Walk:
     explicit: bool
     stopped: bool = False
     """Ended in front of an element to stop at."""
+    cut: bool = False
+    """The file ends within an element."""
 
     def elements(
         self, position: int, end: int | None, actions: Mapping[bytes, int], found: _Found, depth: int = 0
@@ -250,6 +257,8 @@ class _Walk:
     def _at_end(self, rest: bytes, position: int, depth: int) -> int:
         if depth or len(rest) >= 8:
             raise UnsureError
+        # Zeros that fill up a block are no element.
+        self.cut = bool(rest.strip(b"\0")) or position > os.fstat(self.source.descriptor).st_size
         return position
 
     def _delimiter(self, key: bytes, position: int, depth: int) -> int:
@@ -378,7 +387,10 @@ class BoundedReader(io.BufferedReader):
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(io.FileIO(descriptor, closefd=False))
-        self._size = os.fstat(descriptor).st_size
+        self.size = os.fstat(descriptor).st_size
+        self.ran_short = False
+        """A value was shorter than its length; zeros that fill up a block are none."""
+        self._met_end = False
         self._reads = 0
 
     def read(self, size: int | None = -1) -> bytes:
@@ -387,10 +399,13 @@ class BoundedReader(io.BufferedReader):
         if self._reads > MAX_READS:
             msg = f"a header of more than {MAX_READS} parts"
             raise HeaderLimitError(msg)
-        if size is None or not 0 <= size <= CHUNK_BYTES:
-            left = max(self._size - self.tell(), 0)
-            size = left if size is None or size < 0 else min(size, left)
-        return super().read(size)
+        asked = self.size if size is None or size < 0 else size
+        found = super().read(asked if asked <= CHUNK_BYTES else min(asked, max(self.size - self.tell(), 0)))
+        if len(found) < asked and self._reads > _PREAMBLE_READS:
+            # pydicom finds the end by one read of a head that gives nothing.
+            self.ran_short |= self._met_end or asked > HEAD_BYTES or bool(found.strip(b"\0"))
+            self._met_end = True
+        return found
 
 
 def read_with_pydicom(stream: BoundedReader, wanted: Iterable[int], also: Iterable[int], *, force: bool) -> Header:
@@ -416,11 +431,16 @@ def read_with_pydicom(stream: BoundedReader, wanted: Iterable[int], also: Iterab
     _check_inflated(stream, preamble=not force)
     dataset = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=[*wanted, *also], force=force)
     syntax = str(dataset.file_meta.get("TransferSyntaxUID", ""))
+    deflated = syntax == DEFLATED  # pydicom has read another stream, whose place is unknown
+    is_whole = deflated or (stream.tell() == stream.size and not stream.ran_short)
+    at_pixels = "Rows" in dataset if deflated else _at_pixels(stream, dataset)
+    values = {tag: element_value(dataset, tag) for tag in wanted if tag in dataset}
     return Header(
-        {tag: element_value(dataset, tag) for tag in wanted if tag in dataset},
+        values,
         syntax,
         str(dataset.file_meta.get("MediaStorageSOPClassUID", "")),
-        at_pixels=syntax == DEFLATED or _at_pixels(stream, dataset),
+        at_pixels=at_pixels,
+        is_whole=at_pixels or is_whole,
         dataset=dataset,
     )
 

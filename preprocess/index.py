@@ -6,7 +6,9 @@ identifiers, so they stay in memory or in the private folder.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import stat
 import struct
 import warnings
@@ -100,8 +102,22 @@ _ROW_TAGS: list[int] = [tag for tag, _ in (*_TEXTS, *_LISTS, *_NUMBERS)] + [tag 
 
 _SOP_UID, _MATRIX_ROWS = int(Tag("SOPInstanceUID")), int(Tag("Rows"))
 _reader = Reader(_ROW_TAGS, leave=(SHARED, PER_FRAME))
-_SIGNATURES = ((b"PK\x03\x04", "zip"), (b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"7z\xbc\xaf", "7z"))
-_ARCHIVES = frozenset(name for _, name in _SIGNATURES)
+_ARCHIVES = (
+    (0, b"PK\x03\x04"),
+    (0, b"\x1f\x8b"),
+    (0, b"BZh"),
+    (0, b"7z\xbc\xaf"),
+    (0, b"\xfd7zXZ\0"),
+    (0, b"Rar!\x1a\x07"),
+    (0, b"\x28\xb5\x2f\xfd"),
+    (257, b"ustar"),
+)
+"""Offset and bytes by which zip, gzip, bzip2, 7z, xz, rar, zstd and tar are known."""
+
+_STANDARD_UID = b"1.2.840.10008."
+"""Starts the UIDs of the standard; a broken file without preamble and without any is taken for something else."""
+
+_UID = re.compile(r"[0-9.]{1,64}\Z")
 _MIN_FORCED_ELEMENT = 8
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _DICOMDIR = "1.2.840.10008.1.3.10"
@@ -130,7 +146,7 @@ class FileRow:
     frame: int | None = None
     """Index of the frame within the file's pixel data, from 0; None for the only image of a file."""
     transfer_syntax: str = ""
-    """UID of the pixel encoding as the file's meta header has it; empty if it has none."""
+    """UID of the pixel encoding as the file's meta header has it; empty if it has none, or no UID."""
     sop_class: str = ""
     sop_uid: str = ""
     study_uid: str = ""
@@ -247,6 +263,7 @@ def index_files(root: str, files: list[WalkedFile]) -> list[FileRow]:
         content.
     """
     pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
+    logging.getLogger("pydicom").propagate = False  # its messages quote headers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [row for file in files for row in index_file(root, file)]
@@ -306,37 +323,47 @@ def _read(descriptor: int, file: _OpenedFile) -> list[FileRow]:
     source = Source(descriptor)
     kind = _sniff(source.buffer)
     if kind not in {"dicom", "bare"}:
-        return [file.settled("archive" if kind in _ARCHIVES else "not_dicom")]
+        return [file.settled(kind)]
     bare = kind == "bare"
     header = None if bare else _reader.read(source)
-    if header is None:
-        header = read_with_pydicom(BoundedReader(descriptor), _ROW_TAGS, TOP_TAGS, force=bare)
+    try:
+        header = header or read_with_pydicom(BoundedReader(descriptor), _ROW_TAGS, TOP_TAGS, force=bare)
+    except Exception:
+        if bare and _STANDARD_UID not in source.buffer:
+            return [file.settled("not_dicom")]
+        raise
     if header.media_class == _DICOMDIR:
         return [file.settled("dicomdir")]
     if bare and not {_SOP_UID, _MATRIX_ROWS} & header.values.keys():
         return [file.settled("not_dicom")]
-    if not (header.at_pixels and _MATRIX_ROWS in header.values):
+    if not header.is_whole:
+        return [file.settled("unreadable_header:cut")]
+    if not header.at_pixels:
         return [_row(header.values, file, header, fault="no_pixels")]
+    if _MATRIX_ROWS not in header.values:
+        return [_row(header.values, file, header, fault="no_geometry")]
     if header.dataset is None or not is_enhanced(header.dataset):
         return [_row(header.values, file, header)]
+    row = _row(header.values, file, header, frame=0)
+    if row.fault not in {"", "secondary_capture"}:  # the groups may yet give a screenshot a position
+        return [replace(row, frame=None)]
     frames = frame_values(header.dataset, header.values)
     rows = [_row(frame, file, header, frame=number) for number, frame in enumerate(frames)]
     return rows if not all(row.fault for row in rows) else [replace(rows[0], frame=None)]
 
 
 def _sniff(head: bytes) -> str:
-    """Tell DICOM with preamble, DICOM without one (``bare``), an archive's name, or ``other``."""
+    """Tell DICOM with preamble (``dicom``), perhaps DICOM without one (``bare``), or the code of what is neither."""
     if head[128:132] == b"DICM":
         return "dicom"
-    for signature, name in _SIGNATURES:
-        if head.startswith(signature):
-            return name
+    if any(head.startswith(signature, offset) for offset, signature in _ARCHIVES):
+        return "archive"
     if len(head) < _MIN_FORCED_ELEMENT:
-        return "other"
+        return "not_dicom"
     little, big = struct.unpack("<HH", head[:4]), struct.unpack(">HH", head[:4])
     # Without a preamble only a first element of group 2 or 8 with a small element number is plausible.
     plausible = any(group in {0x0002, 0x0008} and element <= 0x0100 for group, element in (little, big))
-    return "bare" if plausible else "other"
+    return "bare" if plausible else "not_dicom"
 
 
 def _row(
@@ -346,7 +373,7 @@ def _row(
     fields |= {field: _texts(value) for tag, field in _LISTS if (value := values.get(tag))}
     fields |= {field: _number(value) for tag, field in _NUMBERS if (value := values.get(tag)) is not None}
     fields |= {field: _vector(value, length) for tag, field, length in _VECTORS if (value := values.get(tag))}
-    syntax = header.transfer_syntax
+    syntax = header.transfer_syntax if _UID.match(header.transfer_syntax) else ""
     row = FileRow(file.path, file.size_bytes, fault, file.mtime_ns, frame, syntax, **fields)
     return row if row.fault else _with_fault(row)
 

@@ -48,7 +48,11 @@ KEY_COLUMNS = {
 CHUNK_ROWS = 65_536
 """Rows of a table in memory at a time."""
 
-_NUMERIC = re.compile(r"\s*([-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|-?\d+(;-?\d+)*)?\s*")
+MAX_DIGITS = 7
+"""Longest whole number that passes as an answer or a measurement: dates, telephone and record numbers are longer."""
+
+_WHOLE = rf"\d{{1,{MAX_DIGITS}}}"
+_NUMERIC = re.compile(rf"\s*([-+]?({_WHOLE}(\.\d*)?|\.\d+)([eE][-+]?\d{{1,3}})?|-?{_WHOLE}(;-?{_WHOLE})*)?\s*")
 _IMAGE_SUFFIX = re.compile(r"\.(png|jpe?g|tiff?|dcm)$", flags=re.IGNORECASE)
 _LEVEL_LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,15}")
 _POINT_EDGES = (("xtl", "ytl"), ("xbr", "ybr"))

@@ -22,7 +22,7 @@ from preprocess.contact_sheet import Card, choose_cards, draw_sheet, make_strip
 from preprocess.corrections import read_corrections
 from preprocess.manifest_scan import partition_of, scan_manifest
 from preprocess.mapper import TaskFailure
-from preprocess.store import SliceStore, store_hash, use_one_thread
+from preprocess.store import SliceStore, hash_contents, use_one_thread
 from preprocess.template_match import METHOD_VERSION, MidsagittalError, Templates, find_midsagittal, make_templates
 
 if TYPE_CHECKING:
@@ -162,8 +162,7 @@ class _Survey:
         if not parts:
             SliceStore.open(store_path, contrast=CONTRAST)  # refuses, and says what is missing
         table = pa.concat_tables(parts.values())
-        address = store_hash(table.select(["series_id", "content_hash"]).to_pandas())
-        return cls(store_path, tuple(parts), table.drop_columns(["content_hash"]), address)
+        return cls(store_path, tuple(parts), table.drop_columns(["content_hash"]), hash_contents(table))
 
     def rows(self, column: str, values: Sequence[str]) -> list[dict[str, Any]]:
         """Rows whose column has one of the values."""

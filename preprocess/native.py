@@ -72,8 +72,9 @@ def read_native(path: str) -> tuple[NativeImage, np.ndarray] | None:
     Returns
     -------
     tuple of NativeImage and numpy.ndarray, or None
-        Header and (H, W) stored values, little-endian, 8, 16 or 32 bits as allocated; equal to pydicom's raw pixels.
-        None if pydicom has to read the file, also when it holds fewer pixels than promised.
+        Header and (H, W) stored values, little-endian, 8, 16 or 32 bits as allocated. Bits above BitsStored are as the
+        file has them; the others equal pydicom's raw pixels.
+        None if pydicom has to read the file, also when it holds fewer pixels than promised, or twice as many.
 
     Raises
     ------
@@ -89,7 +90,7 @@ def read_native(path: str) -> tuple[NativeImage, np.ndarray] | None:
         raw = os.pread(descriptor, size, image.offset) if size <= os.fstat(descriptor).st_size else b""
     finally:
         os.close(descriptor)
-    if not size or len(raw) != size or image.length < size:
+    if not size or len(raw) != size or not size <= image.length < 2 * size:  # twice: frames that nothing promises
         return None
     return image, np.frombuffer(raw, image.dtype).reshape(image.rows, image.columns)
 

@@ -54,7 +54,7 @@ from preprocess.settle import (
     settle_part,
 )
 from preprocess.store import create_store, stored_series, sweep_store
-from preprocess.uid_index import UidIndex, write_mapping_table
+from preprocess.uid_index import UidIndex, check_mapping_path, write_mapping_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -189,7 +189,7 @@ def convert_tree(job: ConvertJob, mapper: Mapper = map_here) -> Outcome:
 def choose_again(paths: StorePaths, templates: Path, corrections: Path | None, mapper: Mapper = map_here) -> Path:
     """Choose mid-sagittal slices in a finished store, without its DICOM tree; see `choose_for_store`."""
     listed = read_template_list(templates)
-    places = locate_templates(listed, UidIndex(paths.private).locate)
+    places = locate_templates(listed, lambda uids: UidIndex(paths.private).locate(uids))
     return choose_for_store(paths.store, paths.midsagittal, places, mapper, corrections)
 
 
@@ -201,6 +201,8 @@ def _check_paths(job: ConvertJob) -> None:
     if target.is_relative_to(source):
         msg = f"--out {job.out} lies inside the DICOM folder, which is never written to; choose a path outside it"
         raise PreprocessError(msg)
+    if job.mapping_table is not None:
+        check_mapping_path(job.mapping_table)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ REASONS = {
     "multi_exam": "the patient has several exams and the row no accession number (or exams share the number)",
     "shared_patient_id": "patients of several issuers have this id: add IssuerOfPatientID or AccessionNumber",
     "patient_mismatch": "the exam of this accession number belongs to another patient",
-    "not_stored": "the exam was seen, but none of its series is in the store; see stacks.csv of the report",
+    "not_stored": "the exam was seen, but none of its series is in the store; the report says why",
     "slice_unmatched": "the slice is none of a series in the store, or of another exam than the row (a frame of a "
     "multi-frame object is <SOPInstanceUID>#<frame number>)",
     "slice_ambiguous": "several stored slices have this object id: add AccessionNumber or PatientID",

@@ -37,7 +37,6 @@ from preprocess.commit import (
     canonical_json,
     commit_point,
     committed_directory,
-    content_id,
     sweep_partials,
     write_atomic,
 )
@@ -55,6 +54,9 @@ SHARD_NAME = "c.0.0.0"
 """The only shard of a series: one file, because the chunk key separator is a dot."""
 
 COMMIT_NAME = "commit.json"
+
+HASHED_ROWS = 10_000
+"""Rows that are text at one time while contents are hashed."""
 
 PART_CHARACTERS = (1, 2)
 """Characters of the study pseudonym that name a part of the manifest: 32 parts, or 1,024 for a store of millions."""
@@ -378,7 +380,9 @@ class SliceStore:
     def __init__(self, path: Path, manifest: pd.DataFrame) -> None:
         self.path = path
         self.manifest = manifest
-        self.content_hash = store_hash(manifest)
+        self.content_hash = hash_contents(
+            pa.Table.from_pandas(manifest[["series_id", "content_hash"]], preserve_index=False)
+        )
         self._rows = manifest.set_index("series_id", drop=False)
 
     @classmethod
@@ -491,11 +495,6 @@ def _python_value(value: Any) -> Any:  # noqa: ANN401  (a manifest cell)
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
-def store_hash(manifest: pd.DataFrame) -> str:
-    """Hash over all series of a manifest."""
-    return content_id(sorted(zip(manifest["series_id"], manifest["content_hash"], strict=True)))
-
-
 def manifest_partitions(path: Path) -> list[str]:
     """Names of the parts of a store's manifest, sorted: prefixes of the study pseudonyms in them."""
     return sorted(part.stem for part in (path / "manifest").glob("[!.]*.parquet"))
@@ -517,11 +516,29 @@ def stored_series(path: Path) -> tuple[int, str]:
     tuple
         Number of series; what `SliceStore.content_hash` is for the whole store.
     """
-    pairs: list[tuple[str, str]] = []
-    for part in manifest_partitions(path):
-        table = pq.read_table(path / "manifest" / f"{part}.parquet", columns=["series_id", "content_hash"])
-        pairs += zip(table["series_id"].to_pylist(), table["content_hash"].to_pylist(), strict=True)
-    return len(pairs), content_id(sorted(pairs))
+    columns = ["series_id", "content_hash"]
+    files = [path / "manifest" / f"{part}.parquet" for part in manifest_partitions(path)]
+    empty = MANIFEST_SCHEMA.empty_table().select(columns)
+    table = pa.concat_tables([empty, *(pq.read_table(file, columns=columns) for file in files)])
+    return table.num_rows, hash_contents(table)
+
+
+def hash_contents(table: Any) -> str:  # noqa: ANN401  (pyarrow has no types)
+    """Hash the contents of series: SHA-256 of the canonical JSON of their sorted (id, hash) pairs, few rows at a time.
+
+    Parameters
+    ----------
+    table
+        Arrow table with ``series_id`` and ``content_hash``, in any order.
+    """
+    digest = hashlib.sha256(b"[")
+    ordered = table.select(["series_id", "content_hash"]).sort_by("series_id")
+    for number, batch in enumerate(ordered.to_batches(max_chunksize=HASHED_ROWS)):
+        pairs = zip(batch["series_id"].to_pylist(), batch["content_hash"].to_pylist(), strict=True)
+        text = ",".join(canonical_json(pair) for pair in pairs)
+        digest.update(f"{',' if number else ''}{text}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def _structural_findings(path: Path, manifest: pd.DataFrame, part: str = "") -> Iterator[Finding]:

@@ -44,8 +44,8 @@ _SLICES = pa.schema(
 EXAM_COLUMNS = ("patient_id", "study_id", "issuer_key", "patient_key", "accession_key")
 """What `UidIndex.exams_of` returns: keys are normalised, ids are pseudonyms."""
 
-LOOKUP_ROWS = 1_000_000
-"""Index rows compared at a time: enough to share the cost of hashing what is looked for, about 100 MB."""
+LOOKUP_ROWS = 250_000
+"""Index rows compared at a time: enough to share the cost of hashing what is looked for, about 30 MB."""
 
 MAPPING_COLUMNS = {
     "IssuerOfPatientID": "issuer",
@@ -283,7 +283,7 @@ def write_mapping_table(private: Path, out: Path) -> int:
         If there is no index, or `out` lies in a folder made to be shared, or is another file.
     """
     index = UidIndex(private)
-    _check_mapping_path(out)
+    check_mapping_path(out)
     with stream_atomic(out, mode=0o600) as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(MAPPING_COLUMNS)
@@ -295,7 +295,8 @@ def write_mapping_table(private: Path, out: Path) -> int:
     return count
 
 
-def _check_mapping_path(out: Path) -> None:
+def check_mapping_path(out: Path) -> None:
+    """Refuse a path that a mapping table may not have, as `write_mapping_table` does."""
     for path in (out.absolute(), out.resolve()):
         inside = [part for part in path.parts if part.endswith(_SHAREABLE_SUFFIXES)]
         if inside:

@@ -11,14 +11,15 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pydicom
 from pydicom import config as pydicom_config
-from pydicom.pixels.utils import pixel_array
 
+from preprocess.codecs import CodecError, decode_pixels
 from preprocess.geometry import StackGeometry, canonical_pixels, stack_geometry
+from preprocess.native import NativeImage, read_native
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -182,23 +183,60 @@ def decode_file(root: Path, rows: Sequence[FileRow]) -> list[Slice]:
     VolumeError
         Saying why: ``truncated``, ``transfer_syntax``, ``decode_error``, ``bit_depth``, ...
     """
-    pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
-    logging.getLogger("pydicom").disabled = True  # its messages quote headers
+    path = Path(root, rows[0].path)
     try:
-        dataset = pydicom.dcmread(Path(root, rows[0].path), force=True)
-        _check_length(dataset)
-        slices = [_decoded(dataset, row) for row in rows]
-    except VolumeError as error:
-        raise VolumeError(error.code, {rows[0].path: error.code}) from None
-    except OSError:
-        raise VolumeError("unreadable_file", {rows[0].path: "unreadable_file"}) from None
+        native = read_native(str(path)) if rows[0].frame is None else None
+        slices = [_from_native(*native)] if native else _from_pydicom(path, rows)
+        if any(image.pixels_HW.shape != (row.rows, row.columns) for image, row in zip(slices, rows, strict=True)):
+            raise VolumeError("decode_error")
+    except (VolumeError, CodecError) as error:
+        raise VolumeError(str(error), {rows[0].path: str(error)}) from None
+    except OSError as error:  # pydicom raises it too, for a broken sequence, but the system's has a number
+        code = "decode_error" if error.errno is None else "unreadable_file"
+        raise VolumeError(code, {rows[0].path: code}) from None
     except Exception:  # decoders raise anything; their text may quote the header
         raise VolumeError("decode_error", {rows[0].path: "decode_error"}) from None
     return slices
 
 
+@dataclass(frozen=True)
+class _Encoding:
+    """How the pixels of an image are to be understood."""
+
+    bits_allocated: int
+    bits_stored: int
+    signed: bool
+    inverted: bool
+    padding: int | None
+    slope: float
+    intercept: float
+
+
+def _from_native(image: NativeImage, pixels_HW: np.ndarray) -> Slice:
+    encoding = _Encoding(
+        bits_allocated=image.bits_allocated,
+        bits_stored=image.bits_stored,
+        signed=image.pixel_representation == 1,
+        inverted=image.photometric == "MONOCHROME1",
+        padding=image.padding_value,
+        slope=image.rescale_slope,
+        intercept=image.rescale_intercept,
+    )
+    return _slice(pixels_HW, encoding)
+
+
+def _from_pydicom(path: Path, rows: Sequence[FileRow]) -> list[Slice]:
+    pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
+    logging.getLogger("pydicom").disabled = True  # its messages quote headers
+    dataset = pydicom.dcmread(path, force=True)
+    _check_length(dataset)
+    return [_slice(decode_pixels(dataset, row.frame), _encoding(dataset, row)) for row in rows]
+
+
 def _check_length(dataset: pydicom.FileDataset) -> None:
     """Fill in an absent transfer syntax, and refuse uncompressed pixels that are shorter than promised."""
+    if "PixelData" not in dataset and ("FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset):
+        raise VolumeError("bit_depth")
     meta = dataset.file_meta
     if "TransferSyntaxUID" not in meta:
         implicit, little = dataset.original_encoding
@@ -210,55 +248,56 @@ def _check_length(dataset: pydicom.FileDataset) -> None:
             raise VolumeError("truncated")
 
 
-def _decoded(dataset: pydicom.FileDataset, row: FileRow) -> Slice:
-    try:
-        pixels = pixel_array(dataset, raw=True, index=row.frame)
-    except (NotImplementedError, RuntimeError) as error:
-        missing = isinstance(error, NotImplementedError) or "missing dependencies" in str(error)
-        raise VolumeError("transfer_syntax" if missing else "decode_error") from None
-    if pixels.dtype.kind not in "iu":
-        raise VolumeError("bit_depth")
-    if pixels.shape != (row.rows, row.columns):
-        raise VolumeError("decode_error")
+def _encoding(dataset: pydicom.FileDataset, row: FileRow) -> _Encoding:
+    padding = dataset.get("PixelPaddingValue")
     slope, intercept = row.rescale_slope, row.rescale_intercept  # of a frame, from its functional groups
     if row.frame is None:
         slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
-    slope, intercept = float(slope or 1), float(intercept or 0)
-    if not (np.isfinite(slope) and np.isfinite(intercept)):
+    return _Encoding(
+        bits_allocated=int(dataset.BitsAllocated),
+        bits_stored=int(dataset.get("BitsStored") or dataset.BitsAllocated),
+        signed=bool(dataset.get("PixelRepresentation", 0)),
+        inverted=dataset.get("PhotometricInterpretation") == "MONOCHROME1",
+        padding=padding if isinstance(padding, int) else None,
+        slope=float(slope or 1),
+        intercept=float(intercept or 0),
+    )
+
+
+def _slice(pixels_HW: np.ndarray, encoding: _Encoding) -> Slice:
+    if pixels_HW.dtype.kind not in "iu":
+        raise VolumeError("bit_depth")
+    if not (np.isfinite(encoding.slope) and np.isfinite(encoding.intercept)):
         raise VolumeError("decode_error")
-    pixels = _clean_bits(pixels, dataset)
-    return Slice(pixels, slope, intercept, _padding(dataset, pixels))
+    pixels_HW = _clean_bits(pixels_HW, encoding)
+    return Slice(pixels_HW, encoding.slope, encoding.intercept, _padding(encoding, np.iinfo(pixels_HW.dtype)))
 
 
-def _padding(dataset: pydicom.Dataset, pixels_HW: np.ndarray) -> int | None:
-    """Return the stored value that marks padding as it stands after `_clean_bits`; None where no such pixel can be."""
-    value = dataset.get("PixelPaddingValue")
-    if not isinstance(value, int):
-        return None
-    bits = int(dataset.get("BitsStored") or dataset.BitsAllocated)
-    signed = bool(dataset.get("PixelRepresentation", 0))
-    value &= (1 << bits) - 1  # the header may spell a negative value as an unsigned one
-    if signed and value >> (bits - 1):
-        value -= 1 << bits
-    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
-        value = ~value if signed else ((1 << bits) - 1) - value
-    limits = np.iinfo(pixels_HW.dtype)
-    return value if limits.min <= value <= limits.max else None
-
-
-def _clean_bits(pixels: np.ndarray, dataset: pydicom.Dataset) -> np.ndarray:
+def _clean_bits(pixels_HW: np.ndarray, encoding: _Encoding) -> np.ndarray:
     """Keep BitsStored bits, extend the sign, turn MONOCHROME1 over."""
-    stored, allocated = int(dataset.get("BitsStored") or dataset.BitsAllocated), int(dataset.BitsAllocated)
-    signed = bool(dataset.get("PixelRepresentation", 0))
-    pixels = pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
-    if stored < allocated:
+    stored, signed = encoding.bits_stored, encoding.signed
+    pixels_HW = pixels_HW.astype(pixels_HW.dtype.newbyteorder("="), copy=False)
+    if stored < encoding.bits_allocated:
         # Shifting up and back drops junk above BitsStored (old overlays) and extends the sign in one go.
-        shift = pixels.dtype.itemsize * 8 - stored
-        typed = pixels.astype(f"{'i' if signed else 'u'}{pixels.dtype.itemsize}", copy=False)
-        pixels = np.right_shift(np.left_shift(typed, shift), shift)
-    if dataset.get("PhotometricInterpretation") == "MONOCHROME1":
-        pixels = np.bitwise_not(pixels) if signed else ((1 << stored) - 1) - pixels
-    return pixels
+        shift = pixels_HW.dtype.itemsize * 8 - stored
+        typed = pixels_HW.astype(f"{'i' if signed else 'u'}{pixels_HW.dtype.itemsize}", copy=False)
+        pixels_HW = np.right_shift(np.left_shift(typed, shift), shift)
+    if encoding.inverted:
+        pixels_HW = np.bitwise_not(pixels_HW) if signed else ((1 << stored) - 1) - pixels_HW
+    return pixels_HW
+
+
+def _padding(encoding: _Encoding, limits: np.iinfo[Any]) -> int | None:
+    """Return the stored value that marks padding as it stands after `_clean_bits`; None where there is none."""
+    if encoding.padding is None:
+        return None
+    bits = encoding.bits_stored
+    value = encoding.padding & ((1 << bits) - 1)  # the header may spell a negative value as an unsigned one
+    if encoding.signed and value >> (bits - 1):
+        value -= 1 << bits
+    if encoding.inverted:
+        value = ~value if encoding.signed else ((1 << bits) - 1) - value
+    return value if limits.min <= value <= limits.max else None
 
 
 def common_dtype(images: Sequence[np.ndarray]) -> np.dtype:

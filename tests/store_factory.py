@@ -17,7 +17,8 @@ _EMPTY = {"str": "", "int": 0, "float": 0.0, "bool": False, "tuple[float, ...]":
 
 def pseudonym(kind, number):
     """26 characters as real pseudonyms have, of which the first differs between neighbouring numbers."""
-    return f"{'abcdefghijklmnopqrstuvwxyz234567'[number % 32]}{kind}{number:05d}".ljust(26, "a")
+    digits = f"{number:05d}".translate(str.maketrans("0189", "wxyz"))  # base32 has no such digits
+    return f"{'abcdefghijklmnopqrstuvwxyz234567'[number % 32]}{kind}{digits}".ljust(26, "a")
 
 
 def make_record(number, pixels_SHW, *, spacing_mm=(4.0, 1.0, 1.0), **given):

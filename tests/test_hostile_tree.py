@@ -5,14 +5,15 @@ import json
 import os
 import signal
 import sys
-import warnings
 from contextlib import redirect_stdout
 from io import StringIO
 
 import numpy as np
 import pytest
 from dicom_factory import make_series, transcode
-from hostile_tree import CASES, SHAPE, build_hostile_tree, draw
+from hostile_cases import CASES
+from hostile_exam import SHAPE, draw
+from hostile_tree import build_hostile_tree
 from pydicom import dcmread
 from pydicom.pixels import pixel_array
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless
@@ -20,7 +21,11 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLo
 from preprocess.__main__ import main
 from preprocess.accounting import CONVERTED, QUARANTINED, SKIPPED
 from preprocess.deidentify import Pseudonymiser, load_key
+from preprocess.mapper import map_here
+from preprocess.pipeline import ConvertJob, convert_tree
 from preprocess.store import SliceStore, verify_store
+
+pytestmark = pytest.mark.xdist_group("hostile")
 
 NOT_A_MATTER_OF_CONTENT = {
     "changed_after_commit",
@@ -126,6 +131,7 @@ def test_volumes_are_what_was_drawn(tree, out):
         np.testing.assert_array_equal(store.read(stored[study_id]), volume)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom has much to say of these files
 def test_volumes_are_pydicoms_values_after_the_recorded_flips(tree, out):
     store, paths = SliceStore.open(out), {}
     for row in file_report(out):
@@ -150,9 +156,7 @@ def own_pixels(image):
     if "TransferSyntaxUID" not in image.file_meta:
         implicit = image.original_encoding[0]
         image.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pixel_array(image, raw=True)
+    return pixel_array(image, raw=True)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +167,9 @@ def own_pixels(image):
         ("decimal_noise", "uneven_spacing", False),
         ("spacing_slightly_uneven", "uneven_spacing", True),
         ("oblique", "spacing_slice_mm", 4.0),
+        ("oblique", "confidence", "high"),
+        ("steep", "spacing_slice_mm", 4.0),
+        ("steep", "confidence", "flagged"),
         ("pixel_spacing_unequal", "spacing_row_mm", 0.5),
         ("pixel_spacing_unequal", "spacing_column_mm", 1.25),
         ("both_reversed", "flip_rows", True),
@@ -170,7 +177,10 @@ def own_pixels(image):
         ("transposed", "transpose", True),
         ("enhanced", "num_slices", 7),
         ("enhanced", "echo_time_ms", 112.7),
+        ("enhanced_with_a_scout_frame", "num_slices", 7),
+        ("enhanced_rescale_per_frame", "rescale_slope", [1, 2, 3, 4, 5, 6, 7]),
         ("monochrome1", "inverted", True),
+        ("padded", "padding_value", -32768),
         ("signed", "dtype", "int16"),
         ("signedness_varies", "dtype", "int16"),
         ("eight_bits", "dtype", "uint16"),
@@ -197,6 +207,28 @@ def test_names_numbers_folders_and_order_change_nothing(workplace, out, seed):
     again = convert(workplace, shuffled, f"shuffled-{seed}")
     assert wrong(shuffled, codes(again)) == {}
     assert shareable(again) == shareable(out)
+
+
+def vanish(path):
+    path.unlink()
+
+
+def shrink(path):
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+@pytest.mark.parametrize(("change", "code"), [(vanish, "unreadable_file"), (shrink, "truncated")])
+def test_a_file_that_changes_under_the_scan_costs_its_stack(tmp_path, change, code):
+    changing = build_hostile_tree(tmp_path / "dicom", cases=["plain", "oblique"])
+
+    def mapper(function, items, *, title, **options):
+        if title == "exams":
+            change(changing.root / "plain" / "IM0004")
+        yield from map_here(function, items, title=title, **options)
+
+    convert_tree(ConvertJob(changing.root, tmp_path / "x.zarr"), mapper)
+    stack = {f"plain/IM{number:04d}": "series_incomplete" for number in range(7)}
+    assert codes(tmp_path / "x.zarr") == {**changing.expected, **stack, "plain/IM0004": code}
 
 
 def test_paths_beyond_the_systems_limit_cost_what_lies_there(tmp_path):
@@ -265,6 +297,7 @@ def deadly_cluster():
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_ray_gives_the_same_bytes(workplace, tree, out, deadly_cluster):
     on_ray = convert(workplace, tree, "ray", "--num-cpus", "2")
     assert wrong(tree, codes(on_ray)) == {}
@@ -282,6 +315,7 @@ def deadly(exam):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_decoder_that_dies_costs_one_file(workplace, monkeypatch, deadly_cluster):
     monkeypatch.setitem(CASES, "deadly", deadly)
     cases = ["deadly", "plain", "jpeg_ls", "jpeg_2000", "oblique", "enhanced", "pixels_truncated"]

@@ -98,7 +98,7 @@ def _link(path):
         pytest.param(_pipe, "special_file", id="becomes-a-pipe"),
         pytest.param(_link, "unreadable_file", id="becomes-a-link"),
         pytest.param(lambda path: path.write_bytes(b""), "empty_file", id="is-emptied"),
-        pytest.param(lambda path: os.truncate(path, 200), "no_pixels", id="shrinks"),
+        pytest.param(lambda path: os.truncate(path, 420), "unreadable_header:cut", id="shrinks"),
         pytest.param(lambda path: path.write_bytes(b"PK\x03\x04" + bytes(200)), "archive", id="is-zipped"),
     ],
 )
@@ -463,6 +463,7 @@ def test_native_pixels_equal_pydicoms(tmp_path, dtype, syntax):
     "change",
     [
         pytest.param({"Rows": 6}, id="more-rows-than-pixels"),
+        pytest.param({"Rows": 2}, id="pixels-for-two-images"),
         pytest.param({"BitsStored": 17}, id="more-bits-than-allocated"),
         pytest.param({"PixelRepresentation": 2}, id="no-such-representation"),
         pytest.param({"SamplesPerPixel": 3}, id="colour"),
@@ -480,6 +481,38 @@ def test_truncated_and_big_endian_pixels_are_left_to_pydicom(tmp_path):
     os.truncate(path, path.stat().st_size - 1)
     assert read_native(str(path)) is None
     assert read_native(str(PYDICOM_FILES / "test_files" / "ExplVR_BigEnd.dcm")) is None
+
+
+# --- headers that end early ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Protocol", "Non-ASCII Protocol \u00fc"], ids=["minimal-reader", "pydicom"])
+def test_a_header_that_ends_within_an_element_is_an_error(tmp_path, name):
+    image = make_dataset(np.ones((4, 4), np.uint16), ProtocolName=name, SpecificCharacterSet="ISO_IR 192")
+    del image.PixelData
+    path = save(image, tmp_path / "a.dcm")
+    content, starts = path.read_bytes(), [132]
+    for tag in sorted(image.keys()):
+        starts.append(content.find(struct.pack("<HH", tag.group, tag.element), starts[-1]))
+    assert codes(path) == ["no_pixels"]
+    whole = []
+    for end in range(len(content) - 1, starts[1], -1):
+        os.truncate(path, end)
+        whole += [end] if codes(path) == ["no_pixels"] else []
+    assert whole == starts[:1:-1]  # between two elements nothing shows
+
+
+def test_pixels_without_a_matrix_are_an_error(tmp_path):
+    assert codes(save(make_dataset(np.ones((4, 4), np.uint16), Rows=None), tmp_path / "a.dcm")) == ["no_geometry"]
+
+
+def test_zeros_that_fill_up_a_block_are_no_error(tmp_path):
+    image = make_dataset(np.ones((4, 4), np.uint16))
+    del image.PixelData
+    path = save(image, tmp_path / "a.dcm")
+    for number in (1, 7, 8, 13, 500):
+        path.write_bytes(path.read_bytes() + bytes(number))
+        assert codes(path) == ["no_pixels"]
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
@@ -522,7 +555,27 @@ def test_every_code_is_a_known_one(tmp_path):
     paths, _ = make_series(tmp_path, (3, 4, 4))
     paths[0].write_bytes(b"")
     os.truncate(paths[1], 180)
-    assert {state_of(row.fault or "converted") for row in rows_of(*paths)} == {"converted", "skipped"}
+    assert {state_of(row.fault or "converted") for row in rows_of(*paths)} == {"converted", "skipped", "quarantined"}
+
+
+@pytest.mark.parametrize(
+    "header_elements",
+    [
+        pytest.param({"SpecificCharacterSet": "CANARY", "PatientID": "\xe9"}, id="character-set"),
+        pytest.param({"EchoTime": "CANARY", "ProtocolName": "\xe9"}, id="number"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_header_says_is_not_logged(tmp_path, caplog, capfd, header_elements):
+    image = make_dataset(np.ones((4, 4), np.uint16))
+    with pydicom.config.disable_value_validation():
+        for name, value in header_elements.items():
+            setattr(image, name, value) if name != "EchoTime" else image.add_new(name, "LO", value)
+    path = save(image, tmp_path / "a.dcm")
+    caplog.clear()
+    capfd.readouterr()
+    assert codes(path) == [""]
+    assert "CANARY" not in caplog.text + "".join(capfd.readouterr())
 
 
 def test_a_path_that_cannot_be_opened_is_no_error(tmp_path):

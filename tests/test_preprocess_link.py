@@ -172,10 +172,10 @@ def test_incomplete_store_is_refused(copied, tmp_path, lost):
 
 
 def test_text_columns_are_withheld_unless_named(store, tmp_path):
-    table = "PatientID,name,grade,slices,site\nP1,Meier,-1.5e3,7;8,north\nP2,,2,,south\n"
+    table = "PatientID,name,grade,slices,site,born\nP1,Meier,-1.5e3,7;8,north,19661231\nP2,,2,,south,\n"
     rows, _, report = link(store, tmp_path, table)
     assert list(rows[0]) == ["patient_id", "study_id", "grade", "slices"]
-    assert report.dropped == {"labels.csv": ["name", "site"]}
+    assert report.dropped == {"labels.csv": ["name", "site", "born"]}
     rows, _, _ = link(store, tmp_path, table, keep_text=frozenset({"site"}))
     assert [row["site"] for row in rows] == ["north", "south"]
 

@@ -3,6 +3,7 @@ import json
 import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from dicom_factory import make_series
 from matplotlib.image import imread
@@ -11,7 +12,8 @@ from scipy import ndimage
 from store_factory import make_record, make_store, pseudonym
 
 from preprocess import contact_sheet
-from preprocess.commit import committed_directory
+from preprocess import store as store_module
+from preprocess.commit import committed_directory, content_id
 from preprocess.corrections import read_corrections
 from preprocess.mapper import TaskFailure, map_here
 from preprocess.midsagittal import (
@@ -190,6 +192,13 @@ def test_meta_names_templates_owners_thresholds_and_counts(store, artefact):
     assert (meta["thresholds"], meta["studies"], meta["flagged"], meta["corrections"]) == (FLAG_BELOW, 7, 1, 0)
 
 
+def test_address_of_the_store_is_hashed_in_pieces(monkeypatch):
+    ids = [pseudonym("t", number) for number in (3, 1, 2, 0, 4)]
+    table = pa.table({"series_id": ids, "content_hash": [series_id[::-1] for series_id in ids]})
+    monkeypatch.setattr(store_module, "HASHED_ROWS", 2)
+    assert store_module.hash_contents(table) == content_id(sorted((name, name[::-1]) for name in ids))
+
+
 def test_correction_moves_the_slice_keeps_what_was_found_and_settles_the_flag(store, artefact, tmp_path):
     lines = [f"{pseudonym('s', 6)},2,noise only", f"{pseudonym('s', 3)}, 7 ,right already"]
     again = choose_for_store(store, tmp_path, TEMPLATES, map_here, corrected(tmp_path, *lines))
@@ -333,6 +342,39 @@ def test_sheet_of_a_large_cohort_is_bounded_and_paged(store, tmp_path, monkeypat
     assert shown_studies(pages[0])[0] == pseudonym("s", 6)
     assert 'href="contact_sheet_3.html"' in pages[0]
     assert "random sample" in pages[0]
+
+
+def choices(flagged, sources, margins):
+    size = len(flagged)
+    ids = [pseudonym("s", number) for number in range(size)]
+    columns = {"study_id": ids, "series_id": ids, "source": sources, "flagged": flagged, "margin": margins}
+    numbers = dict.fromkeys(["slice_index", "found_index", "num_slices"], [1] * size)
+    return pa.table({**columns, **numbers, "score": [0.5] * size, "confidence": [1.0] * size})
+
+
+@pytest.mark.parametrize(
+    ("flagged", "sources", "margins", "order"),
+    [
+        ([True] * 3, ["template"] * 3, [0.01, 0.0, 0.005], [1, 2, 0]),
+        ([False, False, True], ["template", "correction", "template"], [0.1, 0.2, 0.0], [2, 1, 0]),
+        ([False] * 3, ["template"] * 3, [0.1] * 3, [0, 1, 2]),
+    ],
+    ids=["flagged only", "each kind", "none flagged"],
+)
+def test_order_of_the_sheet(flagged, sources, margins, order):
+    cards = contact_sheet.choose_cards(choices(flagged, sources, margins))
+    assert [card.study_id for card in cards] == [pseudonym("s", number) for number in order]
+
+
+def test_sample_is_spread_and_a_study_more_changes_one_place_at_most(monkeypatch):
+    monkeypatch.setattr(contact_sheet, "MAX_STUDIES", 20)
+    fewer, more = (
+        {card.study_id for card in contact_sheet.choose_cards(choices([False] * n, ["template"] * n, [0.1] * n))}
+        for n in (299, 300)
+    )
+    assert len(fewer) == len(more) == 20
+    assert len(fewer - more) <= 1
+    assert len({study_id[0] for study_id in fewer}) > 8
 
 
 def test_strip_shows_the_slice_between_its_neighbours_in_the_proportions_of_the_body():

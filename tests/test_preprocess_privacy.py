@@ -1,12 +1,16 @@
-"""No identifier leaves: canaries in every text element, private element, name and burned-in pixel, then a search of everything."""
+"""No identifier leaves.
+
+Canaries are planted in every text element, private element, name and burned-in pixel; then everything is searched.
+"""
 
 import csv
 import hashlib
 import io
-import json
 import logging
+import os
 import re
-import sys
+import shutil
+import tempfile
 from base64 import b32encode
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,7 +21,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from dicom_factory import make_dataset, transcode
-from hostile_tree import ENHANCED_MR, CASES, SHAPE, build_hostile_tree, draw, make_enhanced
+from hostile_cases import CASES
+from hostile_exam import ENHANCED_MR, SHAPE, draw, make_enhanced
+from hostile_tree import build_hostile_tree
 from pydicom.datadict import DicomDictionary, tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
@@ -29,14 +35,14 @@ from preprocess.__main__ import main
 from preprocess.commit import PARTIAL_PREFIX
 from preprocess.store import SliceStore
 
+pytestmark = pytest.mark.xdist_group("privacy")
+
 TEXTS = {"AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"}
 NUMBERS = {"AS": "117Y", "DA": "18930417", "DS": "7391.82645", "DT": "18930417112233.739182", "IS": "739182645"}
 NUMBERS |= {"TM": "112233.739182"}
 """Value representations without room for a random text → a value that occurs nowhere else."""
 
-CANARY = re.compile(
-    rb"zqc[0-9a-f]{4}|739182645|7391\.82645|112233\.739|18930417|1893-04-17|(?-i:117Y)", re.IGNORECASE
-)
+CANARY = re.compile(rb"zqc[0-9a-f]{4}|739182645|7391\.82645|112233\.739|18930417|1893-04-17|(?-i:117Y)", re.IGNORECASE)
 """What every planted value contains, however it is cut, cased or padded."""
 
 NEEDED = {"SpecificCharacterSet", "SOPClassUID", "Modality", "PhotometricInterpretation", "BurnedInAnnotation"}
@@ -46,13 +52,39 @@ NEEDED |= {"TemporalPositionIdentifier", "ComplexImageComponent", "InversionReco
 
 EVERYWHERE = [
     tag_for_keyword(name)
-    for name in (
-        "PatientID PatientName PatientBirthDate PatientAge IssuerOfPatientID AccessionNumber StudyID StudyInstanceUID "
-        "SeriesInstanceUID FrameOfReferenceUID StudyDate StudyTime SeriesDate AcquisitionDate AcquisitionTime "
-        "StudyDescription SeriesDescription ProtocolName InstitutionName StationName OperatorsName Manufacturer "
-        "ManufacturerModelName DeviceSerialNumber BodyPartExamined PatientPosition ContrastBolusAgent ScanOptions "
-        "MRAcquisitionType ImageComments InstanceCreatorUID"
-    ).split()
+    for name in [
+        "PatientID",
+        "PatientName",
+        "PatientBirthDate",
+        "PatientAge",
+        "IssuerOfPatientID",
+        "AccessionNumber",
+        "StudyID",
+        "StudyInstanceUID",
+        "SeriesInstanceUID",
+        "FrameOfReferenceUID",
+        "StudyDate",
+        "StudyTime",
+        "SeriesDate",
+        "AcquisitionDate",
+        "AcquisitionTime",
+        "StudyDescription",
+        "SeriesDescription",
+        "ProtocolName",
+        "InstitutionName",
+        "StationName",
+        "OperatorsName",
+        "Manufacturer",
+        "ManufacturerModelName",
+        "DeviceSerialNumber",
+        "BodyPartExamined",
+        "PatientPosition",
+        "ContrastBolusAgent",
+        "ScanOptions",
+        "MRAcquisitionType",
+        "ImageComments",
+        "InstanceCreatorUID",
+    ]
 ]
 """Elements that identify, and every text that selection reads."""
 
@@ -183,7 +215,7 @@ def truncated(exam):
 
 
 def raises(exam):
-    """`explode` makes the conversion of this exam raise its headers."""
+    """`explode_in_workers` makes the conversion of this exam raise its headers."""
     planted_stack(exam, "internal_error", shape=(32, 41))
 
 
@@ -216,17 +248,6 @@ EXAMS = (sound, second, enhanced, unknown_charset, burned_in, broken_codestream,
 EXAMS += (spacing_is_a_word, truncated, raises, two_patients, other_files)
 
 
-def explode(original):
-    """Stand in for `load_volume`: raises what it knows of one exam."""
-
-    def load(root, stack, **options):
-        if stack.rows[0].columns == 41:
-            raise KeyError(f"{root} {stack.rows[0]}")
-        return original(root, stack, **options)
-
-    return load
-
-
 # --- the search ------------------------------------------------------------------------------------------------------
 
 
@@ -257,17 +278,21 @@ def canaries_in(contents):
     return {name: hits for name, hits in found.items() if hits}
 
 
-def digests_of(identifiers):
-    """Starts of every plain hash of the identifiers, as hexadecimal, base32 and raw bytes."""
-    for text in identifiers:
+def digests_of(texts):
+    """First 12 characters of every plain hash, hexadecimal and base32: longer ones begin with them."""
+    for text in texts:
         for algorithm in ("md5", "sha1", "sha256"):
-            digest = hashlib.new(algorithm, text.encode()).digest()
-            yield from (digest.hex()[:12].encode(), b32encode(digest)[:12].lower(), digest[:12])
+            digest = hashlib.new(algorithm, text if isinstance(text, bytes) else os.fsencode(text)).digest()
+            yield from (digest.hex()[:12].encode(), b32encode(digest)[:12].lower())
 
 
-def hashes_in(contents, identifiers):
-    wanted = re.compile(b"|".join(re.escape(digest) for digest in digests_of(identifiers)))
-    return {name for name, blobs in contents.items() if any(wanted.search(blob) for blob in blobs)}
+def hashes_in(contents, texts):
+    """Names of contents in which a hash of one of the texts begins."""
+    wanted, word = set(digests_of(texts)), re.compile(rb"[0-9a-z]{12,}", re.IGNORECASE)
+    found = {
+        name: {run[:12].lower() for blob in blobs for run in word.findall(blob)} for name, blobs in contents.items()
+    }
+    return {name for name, starts in found.items() if starts & wanted}
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -309,7 +334,8 @@ def run(tmp_path_factory):
     with patch.context() as patched:
         for exam in EXAMS:
             patched.setitem(CASES, f"exam-{exam.__name__}", exam)
-        patched.setattr(convert, "load_volume", explode(convert.load_volume))
+        patched.setattr(convert, "load_volume", convert.load_volume)  # put back afterwards
+        explode_in_workers()()
         tree = build_hostile_tree(folder / "dicom", cases=[f"exam-{exam.__name__}" for exam in EXAMS])
         run = Run(folder / "x.zarr", tree)
         templates = folder / "templates.csv"
@@ -337,27 +363,32 @@ def _misuse(run, folder, convert_it):
 
 def _link(run, folder):
     labels, boxes = folder / "labels.csv", folder / "boxes.xml"
-    rows = [["PatientID", "AccessionNumber", "pain", "remark"]]
-    for exam in ("sound", "second", "burned_in", "nobody"):
-        rows.append([canary(f"exam-{exam}", 0x00100020), canary(f"exam-{exam}", 0x00080050), "1", canary(exam, "remark")])
+    rows = [
+        [canary(f"exam-{exam}", 0x00100020), canary(f"exam-{exam}", 0x00080050), "1", canary(exam, "remark")]
+        for exam in ("sound", "second", "burned_in", "nobody")
+    ]
     with labels.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
+        csv.writer(file).writerows([["PatientID", "AccessionNumber", "pain", "remark"], *rows])
     names = [canary_uid(f"exam-{exam}", "object", 3) for exam in ("sound", "nobody")]
     images = "".join(
-        f'<image id="{k}" name="{name}.png" width="40" height="32"><box label="{canary("label")}" xtl="1" ytl="1" '
-        'xbr="9" ybr="9" occluded="0"/></image>'
+        f'<image id="{k}" name="{name}.png" width="40" height="32"><box label="L1L2" xtl="1" ytl="1" xbr="9" ybr="9" '
+        f'occluded="0"/></image>'
         for k, name in enumerate(names)
     )
-    boxes.write_text(f"<annotations><version>1.1</version>{images}</annotations>")
+    owner = f"<meta><task><name>{canary('task')}</name><owner><email>{canary('owner')}</email></owner></task></meta>"
+    boxes.write_text(f"<annotations><version>1.1</version>{owner}<!-- {canary('comment')} -->{images}</annotations>")
     arguments = ("link", run.out, "--out", run.out.with_suffix(".linked"), "--csv", labels, "--cvat", boxes)
     assert run.call(*arguments) == 2
     assert run.call(*arguments, "--allow-unlinked") == 0
 
 
+def codes(out):
+    with (out.with_suffix(".private") / "files.csv").open(newline="") as file:
+        return Counter(row["code"].partition(":")[0] for row in csv.DictReader(file))
+
+
 def test_the_run_met_every_kind_of_file(run):
-    with (run.out.with_suffix(".private") / "files.csv").open(newline="") as file:
-        found = Counter(row["code"].partition(":")[0] for row in csv.DictReader(file))
-    assert found == Counter(run.tree.expected.values())
+    assert codes(run.out) == Counter(run.tree.expected.values())
     assert len(SliceStore.open(run.out)) == len(run.tree.volumes) == 4
 
 
@@ -371,14 +402,8 @@ def test_no_plain_hash_of_an_identifier_is_in_anything_shareable(run):
     texts = [canary(owner, tag) for owner in owners for tag in tags]
     uids = [canary_uid(owner, tag) for owner in owners for tag in (0x0020000D, 0x0020000E)]
     objects = [canary_uid(owner, "object", number) for owner in owners for number in range(7)]
-    assert hashes_in(run.shareable, [*texts, *uids, *objects, *run.tree.expected]) == set()
-
-
-def test_no_file_is_known_by_its_hash(run):
-    paths = [path for path in run.tree.root.rglob("*") if path.is_file()]
-    wanted = [hashlib.new(name, path.read_bytes()).hexdigest() for path in paths for name in ("md5", "sha1", "sha256")]
-    found = b"".join(blob for blobs in run.shareable.values() for blob in blobs)
-    assert not [digest for digest in wanted if digest[:16].encode() in found]
+    files = [path.read_bytes() for path in run.tree.root.rglob("*") if path.is_file()]
+    assert hashes_in(run.shareable, [*texts, *uids, *objects, *run.tree.expected, *files]) == set()
 
 
 def test_the_search_finds_what_is_there(run):
@@ -397,3 +422,62 @@ def test_private_files_are_for_their_owner_only(run):
     assert private.stat().st_mode & 0o077 == 0
     assert not [path for path in private.rglob("*") if path.is_file() and path.stat().st_mode & 0o077]
     assert not list(private.rglob(f"{PARTIAL_PREFIX}*"))
+
+
+# --- on Ray ----------------------------------------------------------------------------------------------------------
+
+
+def explode_in_workers():
+    """Make the hook by which workers raise what they know of one exam; it travels by value."""
+
+    def patch():
+        from preprocess import convert
+
+        original = convert.load_volume
+
+        def load(root, stack, **options):
+            if stack.rows[0].columns == 41:
+                raise KeyError(f"{root} {stack.rows[0]}")
+            return original(root, stack, **options)
+
+        convert.load_volume = load
+
+    return patch
+
+
+@pytest.fixture
+def watched_cluster():
+    """A cluster with its own log folder, and the dashboard that knows the names of tasks."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="ray-")  # a short path: sockets lie below it
+    environment = {"worker_process_setup_hook": explode_in_workers()}
+    options = {"address": "local", "num_cpus": 2, "include_dashboard": True, "_temp_dir": folder}
+    ray.init(**options, runtime_env=environment, log_to_driver=True)
+    yield Path(folder)
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_no_canary_is_in_rays_logs_task_names_or_output(run, tmp_path, watched_cluster, capfd):
+    import ray
+    from ray.util.state import list_tasks
+
+    assert (
+        main([str(run.tree.root), "--out", str(tmp_path / "x.zarr"), "--num-cpus", "2", "--max-quarantine", "1"]) == 0
+    )
+    assert codes(tmp_path / "x.zarr") == Counter(run.tree.expected.values())
+    tasks = list_tasks(limit=10_000, detail=True, raise_on_missing_output=False)
+    names = {task.name for task in tasks}
+    assert {name.partition("-")[0] for name in names} == {"index", "convert"}
+    said = capfd.readouterr()
+    contents = everything_in(watched_cluster) | {"tasks": [repr(tasks).encode()]}
+    contents |= {"printed": [said.out.encode(), said.err.encode()]}
+    assert canaries_in(contents) == {}
+    assert hashes_in(contents, [canary_uid("exam-sound", 0x0020000D), canary("exam-sound", 0x00100020)]) == set()
+
+    ray.get(ray.remote(print).remote(canary("positive control")))
+    ray.shutdown()
+    assert canaries_in(everything_in(watched_cluster))

@@ -3,7 +3,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-
 from store_factory import make_record, make_store, pseudonym
 
 from lbp_ray.annotations import LEVELS
@@ -112,7 +111,7 @@ def test_too_few_patients_without_a_template_are_refused():
         make_split(exams, folds=5, holdout_fraction=0.1, seed=0, never_holdout=never)
 
 
-NUM_EXAMS = 24
+NUM_EXAMS = 16
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +170,8 @@ def test_a_study_never_seals_its_template_patients(data, tmp_path):
 def test_templates_of_sealed_patients_are_refused_unless_allowed_and_then_stated(data, tmp_path):
     sealed = sealed_exams(prepared(data, tmp_path, [0, 1]))
     with pytest.raises(SplitError, match=rf"patient {pseudonym('p', sealed[0])} .*choose templates of other patients"):
-        prepared(data, tmp_path, sealed[:1] + [0, 1])
-    study = prepared(data, tmp_path, sealed[:1] + [0, 1], midsagittal={"allow_holdout_templates": True})
+        prepared(data, tmp_path, [*sealed[:1], 0, 1])
+    study = prepared(data, tmp_path, [*sealed[:1], 0, 1], midsagittal={"allow_holdout_templates": True})
     assert sealed_exams(study) == sealed
     assert "1 patient(s) of the sealed hold-out gave template slices" in study.statements[0]
 
