@@ -8,7 +8,7 @@ import platform
 import sys
 from typing import TYPE_CHECKING
 
-from benchmarks import frozen_stage, phantom_speed, preprocess_speed
+from benchmarks import frozen_stage, phantom_speed, preprocess_memory, preprocess_speed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, Callable[[], Iterator[dict[str, object]]]] = {
     "frozen_stage": frozen_stage.measure,
     "phantom_speed": phantom_speed.measure,
     "preprocess_speed": preprocess_speed.measure,
+    "preprocess_memory": preprocess_memory.measure,
 }
 
 

@@ -31,7 +31,10 @@ from preprocess.store import use_one_thread
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-ROUNDS = 2
+ROUNDS = 3
+COPIES = 3
+"""Patients made of each synthetic exam: 84 exams, so that what a part costs by itself is shared by several."""
+
 CONFIG = Path(__file__).parents[1] / "configs" / "phantom_tiny.yaml"
 LIMITS = {
     "dcm2niix -z n": 4.0,
@@ -60,21 +63,34 @@ def make_tree(root: Path) -> tuple[Path, int]:
     for row in index_files(str(tree), list(walk(tree))):
         if row.fault or (row.echo_time_ms or 0) < 70 or "LOCALIZER" in row.image_type:
             (tree / row.path).unlink()
-        else:
-            count += 1
+            continue
+        for copy in range(1, COPIES):
+            _copy(tree / row.path, tree / f"copy{copy}" / row.path, str(copy))
+        count += COPIES
     return tree, count
+
+
+def _copy(path: Path, target: Path, mark: str) -> None:
+    """Write an image once more, as another patient's."""
+    dataset = pydicom.dcmread(path)
+    dataset.PatientID = f"{dataset.PatientID}-{mark}"
+    for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+        dataset[name].value = f"{dataset[name].value[:60]}.{mark}"
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    target.parent.mkdir(parents=True, exist_ok=True)
+    dataset.save_as(target)
 
 
 def _against_others(tree: Path, out: Path, num_slices: int) -> Iterator[dict[str, object]]:
     contenders = dict(_contenders(tree, out))
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(ROUNDS + 1):  # the first round warms caches
+    _header_loop(tree)
+    _preprocess(tree, out)  # warms caches and imports
+    for _ in range(ROUNDS):
         for name, run in contenders.items():
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
-            spent = _cpu_seconds(run)
-            if number:
-                seconds[name].append(spent)
+            seconds[name].append(_cpu_seconds(run))
     for ours, others in (
         ("preprocess", ("dcm2niix -z n", "dcm2niix -z y", "dicom2nifti", "SimpleITK + Zarr")),
         ("preprocess headers", ("pydicom header loop",)),
@@ -148,7 +164,7 @@ def _simple_itk(tree: Path, out: Path) -> None:
     import SimpleITK
 
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    for number, folder in enumerate(sorted({path.parent for path in tree.rglob("*.dcm")})):
+    for number, folder in enumerate(sorted({path.parent for path in tree.rglob("*") if path.is_file()})):
         reader = SimpleITK.ImageSeriesReader()
         reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
         pixels_SHW = SimpleITK.GetArrayFromImage(reader.Execute())
@@ -171,7 +187,7 @@ def _second_worker(tree: Path, out: Path, num_slices: int) -> Iterator[dict[str,
     from preprocess.job import connect, map_on_ray
 
     seconds: dict[int, list[float]] = {1: [], 2: []}
-    for number in range(ROUNDS + 1):
+    for _ in range(ROUNDS):
         for workers in (1, 2):
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
@@ -180,8 +196,7 @@ def _second_worker(tree: Path, out: Path, num_slices: int) -> Iterator[dict[str,
                 list(map_on_ray(_warm_up, warm, title="warm up", total=2 * workers))
                 begun = time.perf_counter()
                 convert_tree(ConvertJob(tree, out / "x.zarr"), map_on_ray)
-                if number:
-                    seconds[workers].append(time.perf_counter() - begun)
+                seconds[workers].append(time.perf_counter() - begun)
     speedups = np.array(seconds[1]) / np.array(seconds[2])
     yield {
         "figure": f"wall of one worker / of two, {num_slices} slices of 512 x 512",

@@ -263,7 +263,7 @@ def index_files(root: str, files: list[WalkedFile]) -> list[FileRow]:
         content.
     """
     pydicom_config.settings.reading_validation_mode = pydicom_config.IGNORE
-    logging.getLogger("pydicom").propagate = False  # its messages quote headers
+    logging.getLogger("pydicom").disabled = True  # its messages quote headers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return [row for file in files for row in index_file(root, file)]

@@ -199,7 +199,8 @@ def _to_parquet(members: list[tuple[str, FileRow]]) -> bytes:
     for name in _TEXTS:  # Parquet text is UTF-8, and a header may hold anything
         columns[name] = [value.encode("utf-8", "replace").decode() for value in columns[name]]
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pydict(columns, ROW_SCHEMA), buffer, compression="zstd")
+    table = pa.Table.from_pydict(columns, ROW_SCHEMA)
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=False, write_statistics=False)
     content: bytes = buffer.getvalue().to_pybytes()
     return content
 
@@ -235,10 +236,15 @@ def part_rows(folder: Path, part: str, names: frozenset[str]) -> Iterator[list[F
     num_rows = sum(pq.read_metadata(path).num_rows for path in paths)
     blocks = [None] if num_rows <= ROWS_IN_MEMORY else [_starts_with(part + letter) for letter in BASE32]
     for block in blocks:
-        tables = (pq.read_table(path, schema=ROW_SCHEMA, filters=block) for path in paths)
-        rows = [row for table in tables for row in _from_table(table)]
+        rows = [row for path in paths for row in _from_table(_read_block(path, block))]
         if rows:
             yield rows
+
+
+def _read_block(path: Path, block: Any) -> Any:  # noqa: ANN401  (pyarrow has no types)
+    if block is None:
+        return pq.ParquetFile(path).read(use_threads=False)  # a tenth of the time that a filter takes to set up
+    return pq.read_table(path, schema=ROW_SCHEMA, filters=block)
 
 
 def _starts_with(prefix: str) -> Any:  # noqa: ANN401  (pyarrow has no types)

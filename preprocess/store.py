@@ -347,7 +347,7 @@ def write_candidates_part(store: Path, part: str, rows: list[dict[str, Any]]) ->
     """
     path = store / "candidates" / f"{part}.parquet"
     fresh = {row["study_id"] for row in rows}
-    earlier = pq.read_table(path, schema=CANDIDATES_SCHEMA).to_pylist() if path.exists() else []
+    earlier = pq.ParquetFile(path).read(use_threads=False).to_pylist() if path.exists() else []
     merged = [*rows, *(row for row in earlier if row["study_id"] not in fresh)]
     merged.sort(key=lambda row: (row["study_id"], row["series_id"]))
     _replace(path, pa.Table.from_pylist(merged, CANDIDATES_SCHEMA))
@@ -355,7 +355,7 @@ def write_candidates_part(store: Path, part: str, rows: list[dict[str, Any]]) ->
 
 def _replace(path: Path, table: Any) -> None:  # noqa: ANN401  (pyarrow has no types)
     buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=False, write_statistics=False)
     content = buffer.getvalue().to_pybytes()
     if not path.exists() or path.read_bytes() != content:
         write_atomic(path, content)

@@ -135,7 +135,8 @@ def _rows(private: Path, kind: str, part: str) -> list[dict[str, Any]]:
 def _write(path: Path, rows: list[dict[str, Any]], schema: Any) -> None:  # noqa: ANN401  (pyarrow has no types)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     buffer = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema), buffer, compression="zstd")
+    table = pa.Table.from_pylist(rows, schema)
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=False, write_statistics=False)
     content = buffer.getvalue().to_pybytes()
     if not path.exists() or path.read_bytes() != content:
         write_atomic(path, content, mode=0o600)

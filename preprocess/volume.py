@@ -277,10 +277,12 @@ def _clean_bits(pixels_HW: np.ndarray, encoding: _Encoding) -> np.ndarray:
     """Keep BitsStored bits, extend the sign, turn MONOCHROME1 over."""
     stored, signed = encoding.bits_stored, encoding.signed
     pixels_HW = pixels_HW.astype(pixels_HW.dtype.newbyteorder("="), copy=False)
-    if stored < encoding.bits_allocated:
-        # Shifting up and back drops junk above BitsStored (old overlays) and extends the sign in one go.
+    if stored < encoding.bits_allocated and not signed:
+        pixels_HW = pixels_HW & ((1 << stored) - 1)  # junk above BitsStored: old overlays
+    elif stored < encoding.bits_allocated:
+        # Shifting up and back drops the junk and extends the sign in one go.
         shift = pixels_HW.dtype.itemsize * 8 - stored
-        typed = pixels_HW.astype(f"{'i' if signed else 'u'}{pixels_HW.dtype.itemsize}", copy=False)
+        typed = pixels_HW.astype(f"i{pixels_HW.dtype.itemsize}", copy=False)
         pixels_HW = np.right_shift(np.left_shift(typed, shift), shift)
     if encoding.inverted:
         pixels_HW = np.bitwise_not(pixels_HW) if signed else ((1 << stored) - 1) - pixels_HW

@@ -469,7 +469,8 @@ def test_no_canary_is_in_rays_logs_task_names_or_output(run, tmp_path, watched_c
         main([str(run.tree.root), "--out", str(tmp_path / "x.zarr"), "--num-cpus", "2", "--max-quarantine", "1"]) == 0
     )
     assert codes(tmp_path / "x.zarr") == Counter(run.tree.expected.values())
-    tasks = list_tasks(limit=10_000, detail=True, raise_on_missing_output=False)
+    here = ray.get_runtime_context().gcs_address  # else a second cluster on this machine would confuse it
+    tasks = list_tasks(here, limit=10_000, detail=True, raise_on_missing_output=False)
     names = {task.name for task in tasks}
     assert {name.partition("-")[0] for name in names} == {"index", "convert"}
     said = capfd.readouterr()
