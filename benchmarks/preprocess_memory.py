@@ -8,7 +8,7 @@ part. Each size runs in a fresh process; the line through two sizes is extended 
 from __future__ import annotations
 
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from preprocess import pipeline
 from preprocess.deidentify import Pseudonymiser
-from preprocess.index import FileRow, WalkedFile
-from preprocess.partitions import BASE32, BatchOutcome, IndexTask, write_batch
+from preprocess.headers.index import FileRow, WalkedFile
+from preprocess.headers.partitions import BASE32, BatchOutcome, IndexTask, write_batch
 from preprocess.select import Policy
 from preprocess.settle import Part, PartOutcome, SettleJob, settle_part
-from preprocess.store import create_store
+from preprocess.store.write import create_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -157,4 +157,6 @@ if __name__ == "__main__":
         write_rows(int(sys.argv[2]), Path(sys.argv[3]))
     else:
         RUNS[sys.argv[1]](int(sys.argv[2]))
-        print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        # Not getrusage: its peak counts the parent's pages between fork and exec.
+        status = Path("/proc/self/status").read_text()
+        print(json.dumps(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024))  # type: ignore[index]

@@ -24,9 +24,9 @@ import zarr
 from lbp_ray.config import load_config
 from lbp_ray.phantom.config import PhantomConfig
 from lbp_ray.phantom.write import write_cohort
-from preprocess.index import index_files, walk
+from preprocess.headers.index import index_files, walk
 from preprocess.pipeline import ConvertJob, convert_tree
-from preprocess.store import use_one_thread
+from preprocess.store.write import use_one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from preprocess.png import encode_png
+from preprocess.store.png import encode_png
 
 MAX_TILES = 24
 """Studies on one sheet, spread evenly over the cohort."""

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from preprocess.export import Stack, export_stack
+from preprocess.store.export import Stack, export_stack
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lbp_ray.roi import Crops
-    from preprocess.export import Format
-    from preprocess.store import SliceStore
+    from preprocess.store.export import Format
+    from preprocess.store.read import SliceStore
 
 
 UNEVEN_SHARE = 0.01

@@ -24,9 +24,9 @@ from lbp_ray.roi import Box, Excluded, choose_neighbours, place_box
 from lbp_ray.splits import HOLDOUT
 from preprocess.commit import write_atomic
 from preprocess.exam import ConvertedExam, convert_exam
-from preprocess.midsagittal import TEMPLATE, load_midsagittal
-from preprocess.png import encode_png
-from preprocess.template_match import MidsagittalChoice, find_midsagittal, load_templates
+from preprocess.midsagittal.choose import TEMPLATE, load_midsagittal
+from preprocess.midsagittal.match import MidsagittalChoice, find_midsagittal, load_templates
+from preprocess.store.png import encode_png
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -16,9 +16,9 @@ from lbp_ray.roi import CropRequest, Crops, build_crops
 from lbp_ray.runs import RunError, RunPaths
 from lbp_ray.splits import HOLDOUT, SplitError, check_split, holdout_commitment, make_split, split_hash
 from preprocess.commit import canonical_json, committed_directory, content_id
-from preprocess.midsagittal import CONTRAST
-from preprocess.store import SliceStore
-from preprocess.template_match import load_templates
+from preprocess.midsagittal.choose import CONTRAST
+from preprocess.midsagittal.match import load_templates
+from preprocess.store.read import SliceStore
 
 if TYPE_CHECKING:
     from pathlib import Path

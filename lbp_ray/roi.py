@@ -24,13 +24,13 @@ from lbp_ray.annotations import (
 )
 from lbp_ray.contact_sheet import chosen_rows, contact_sheet, tile
 from preprocess.commit import committed_directory, content_id
-from preprocess.midsagittal import load_midsagittal
+from preprocess.midsagittal.choose import load_midsagittal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from preprocess.store import SliceStore
+    from preprocess.store.read import SliceStore
 
 CROPS_VERSION = 1
 """Raised by hand when the same inputs give other crops."""

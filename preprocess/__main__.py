@@ -169,7 +169,7 @@ def _midsagittal(options: argparse.Namespace) -> int:
 
 def _link(options: argparse.Namespace) -> int:
     from preprocess.job import require_absolute
-    from preprocess.link import LinkJob, link_files
+    from preprocess.link.link import LinkJob, link_files
 
     require_absolute([options.store, options.out, *options.csv, *options.cvat])
     keep_text = frozenset(options.keep_text)
@@ -180,7 +180,7 @@ def _link(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from preprocess.export import export_store
+    from preprocess.store.export import export_store
 
     written = export_store(options.store, options.out, options.format, series_ids=options.series or None)
     print(f"{written} series written to {options.out}")
@@ -188,7 +188,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from preprocess.store import verify_store
+    from preprocess.store.verify import verify_store
 
     with _mapper(options.num_cpus, [options.store]) as mapper:
         findings = verify_store(_absolute(options.store), mapper)
@@ -199,7 +199,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from preprocess.describe import describe_store
+    from preprocess.store.describe import describe_store
 
     print(describe_store(options.store))
     return 0

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from preprocess.deidentify import Pseudonymiser, allowed_attributes
 from preprocess.geometry import GeometryError
-from preprocess.store import SeriesRecord, content_hash, record_attributes, write_series
-from preprocess.volume import Volume, VolumeError, load_volume
+from preprocess.pixels.volume import Volume, VolumeError, load_volume
+from preprocess.store.schema import SeriesRecord, content_hash, record_attributes
+from preprocess.store.write import write_series
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from preprocess.index import FileRow
+    from preprocess.headers.index import FileRow
     from preprocess.select import Exam, Verdict
     from preprocess.stacks import Stack
 

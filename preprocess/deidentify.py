@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from preprocess.index import FileRow
+    from preprocess.headers.index import FileRow
 
 KEY_BYTES = 32
 """Length of a generated key; shorter key files are refused."""

@@ -11,14 +11,14 @@ from preprocess.accounting import QUARANTINED, SKIPPED
 from preprocess.convert import Identity, converted_codes, faulty_codes, make_record
 from preprocess.deidentify import KEY_BYTES, Pseudonymiser
 from preprocess.geometry import GeometryError
-from preprocess.index import index_files, walk
+from preprocess.headers.index import index_files, walk
+from preprocess.pixels.volume import VolumeError, load_volume
 from preprocess.select import Exam, select
-from preprocess.volume import VolumeError, load_volume
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from preprocess.store import SeriesRecord
+    from preprocess.store.schema import SeriesRecord
 
 
 class ExamError(ValueError):

@@ -19,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from preprocess.index import FileRow
+    from preprocess.headers.index import FileRow
 
 UNIT_TOLERANCE = 1e-2
 """How far direction cosines may be from unit length, and from perpendicular, to be orientations at all."""

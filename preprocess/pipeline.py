@@ -28,10 +28,8 @@ from preprocess.accounting import (
 )
 from preprocess.commit import commit_point, sweep_partials, write_atomic, write_pieces
 from preprocess.deidentify import Pseudonymiser, load_key
-from preprocess.index import FileRow, walk
-from preprocess.mapper import Mapper, TaskFailure, map_here
-from preprocess.midsagittal import choose_for_store, locate_templates, read_template_list
-from preprocess.partitions import (
+from preprocess.headers.index import FileRow, walk
+from preprocess.headers.partitions import (
     IndexTask,
     batch_name,
     batches,
@@ -41,6 +39,9 @@ from preprocess.partitions import (
     sweep_index,
     write_batch,
 )
+from preprocess.link.uid_index import UidIndex, check_mapping_path, write_mapping_table
+from preprocess.mapper import Mapper, TaskFailure, map_here
+from preprocess.midsagittal.choose import choose_for_store, locate_templates, read_template_list
 from preprocess.select import Policy
 from preprocess.settle import (
     Part,
@@ -53,13 +54,13 @@ from preprocess.settle import (
     list_suspects,
     settle_part,
 )
-from preprocess.store import create_store, stored_series, sweep_store
-from preprocess.uid_index import UidIndex, check_mapping_path, write_mapping_table
+from preprocess.store.read import stored_series
+from preprocess.store.write import create_store, sweep_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from preprocess.index import WalkedFile
+    from preprocess.headers.index import WalkedFile
 
 
 class PreprocessError(ValueError):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from preprocess.index import FileRow
+    from preprocess.headers.index import FileRow
 
 MIN_SLICES = 5
 """Fewer parallel slices are a localizer or a fragment."""

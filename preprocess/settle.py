@@ -33,17 +33,17 @@ from preprocess.convert import (
 )
 from preprocess.deidentify import Pseudonymiser
 from preprocess.geometry import stack_geometry
-from preprocess.partitions import part_rows
+from preprocess.headers.partitions import part_rows
+from preprocess.link.uid_index import ExamEntry, SliceEntry, write_index_part
+from preprocess.pixels.volume import VolumeError, decode_file
 from preprocess.select import Policy, Selection, select
-from preprocess.store import committed_series, use_one_thread, write_candidates_part, write_manifest_part
-from preprocess.uid_index import ExamEntry, SliceEntry, write_index_part
-from preprocess.volume import VolumeError, decode_file
+from preprocess.store.write import committed_series, use_one_thread, write_candidates_part, write_manifest_part
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from preprocess.index import FileRow
+    from preprocess.headers.index import FileRow
     from preprocess.select import Exam, Verdict
     from preprocess.stacks import Stack
 

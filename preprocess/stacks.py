@@ -16,7 +16,7 @@ from preprocess.commit import canonical_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from preprocess.index import FileRow
+    from preprocess.headers.index import FileRow
 
 PARALLEL_DEG = 0.5
 """Slices whose row and column directions differ by less belong to one orientation."""

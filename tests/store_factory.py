@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from preprocess.store import SeriesRecord, create_store, write_manifest_part, write_series
+from preprocess.store.schema import SeriesRecord
+from preprocess.store.write import create_store, write_manifest_part, write_series
 
 if TYPE_CHECKING:
     from pathlib import Path

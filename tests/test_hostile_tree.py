@@ -23,7 +23,8 @@ from preprocess.accounting import CONVERTED, QUARANTINED, SKIPPED
 from preprocess.deidentify import Pseudonymiser, load_key
 from preprocess.mapper import map_here
 from preprocess.pipeline import ConvertJob, convert_tree
-from preprocess.store import SliceStore, verify_store
+from preprocess.store.read import SliceStore
+from preprocess.store.verify import verify_store
 
 pytestmark = pytest.mark.xdist_group("hostile")
 

@@ -10,7 +10,7 @@ import pytest
 
 from lbp_ray.phantom.exam import ExamSpec, Imaging, simulate_exam
 from lbp_ray.phantom.tissue import T2
-from preprocess.template_match import find_midsagittal, make_templates
+from preprocess.midsagittal.match import find_midsagittal, make_templates
 
 NUM_EXAMS = 200
 NUM_TEMPLATES = 6

@@ -23,10 +23,10 @@ from pydicom.uid import (
 )
 
 from preprocess.accounting import QUARANTINED
-from preprocess.index import index_files, walk
+from preprocess.headers.index import index_files, walk
 from preprocess.pipeline import ConvertJob, convert_tree
-from preprocess.store import SliceStore
-from preprocess.volume import VolumeError, decode
+from preprocess.pixels.volume import VolumeError, decode
+from preprocess.store.read import SliceStore
 
 SHAPE = (40, 33)
 DEPTHS = {

@@ -18,10 +18,11 @@ from store_factory import make_record, make_store, pseudonym
 from lbp_ray.export import export_crops
 from lbp_ray.roi import Crops
 from preprocess.commit import canonical_json, write_atomic
-from preprocess.describe import describe_store
-from preprocess.export import FORMATS, ExportError, Stack, encode_nifti, export_store
 from preprocess.pipeline import ConvertJob, convert_tree
-from preprocess.store import IncompleteStoreError, SliceStore, StoreError, series_path
+from preprocess.store.describe import describe_store
+from preprocess.store.export import FORMATS, ExportError, Stack, encode_nifti, export_store
+from preprocess.store.read import SliceStore
+from preprocess.store.schema import IncompleteStoreError, StoreError, series_path
 
 SHAPE = (5, 12, 10)
 TILTED = (0.0, 0.984807753, -0.173648178, 0.173648178, -0.171010072, -0.969846310)

@@ -36,9 +36,9 @@ from pydicom.uid import (
 )
 
 from preprocess.accounting import state_of
-from preprocess.header import Reader
-from preprocess.index import WalkedFile, index_files
-from preprocess.volume import VolumeError, decode
+from preprocess.headers.index import WalkedFile, index_files
+from preprocess.headers.reader import Reader
+from preprocess.pixels.volume import VolumeError, decode
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

@@ -3,9 +3,9 @@ import pytest
 from dicom_factory import AXIAL, SAGITTAL, make_series
 
 from preprocess.geometry import GeometryError, canonical_pixels, canonical_point, stack_geometry
-from preprocess.index import FileRow, index_files, walk
+from preprocess.headers.index import FileRow, index_files, walk
+from preprocess.pixels.volume import load_volume
 from preprocess.stacks import make_stacks
-from preprocess.volume import load_volume
 
 
 def rows_at(offsets_mm, *, orientation=SAGITTAL, spacing_mm=(0.5, 0.75), origin=(3.0, -7.0, 11.0)):

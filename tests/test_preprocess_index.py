@@ -26,10 +26,11 @@ from pydicom.uid import (
 )
 
 from lbp_ray.phantom import PhantomConfig, write_cohort
-from preprocess import header, index
 from preprocess.accounting import state_of
-from preprocess.index import WalkedFile, index_file, index_files, walk
-from preprocess.native import read_native
+from preprocess.headers import index
+from preprocess.headers import reader as header
+from preprocess.headers.index import WalkedFile, index_file, index_files, walk
+from preprocess.pixels.native import read_native
 
 PYDICOM_FILES = Path(pydicom.data.__file__).parent
 

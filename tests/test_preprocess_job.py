@@ -9,7 +9,7 @@ from dicom_factory import AXIAL, make_series
 from preprocess.exam import ExamError, convert_exam
 from preprocess.mapper import TaskFailure
 from preprocess.pipeline import ConvertJob, PreprocessError, convert_tree
-from preprocess.store import SliceStore
+from preprocess.store.read import SliceStore
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,13 @@ import pytest
 from dicom_factory import make_series, uid
 from pydicom import dcmread
 
-from preprocess import link as link_module
 from preprocess.__main__ import main
-from preprocess.link import LinkError, LinkJob, link_files
+from preprocess.link import link as link_module
+from preprocess.link.link import LinkError, LinkJob, link_files
+from preprocess.link.uid_index import ExamEntry, SliceEntry, UidIndex, write_index_part
 from preprocess.pipeline import ConvertJob, convert_tree
-from preprocess.store import IncompleteStoreError, SliceStore
-from preprocess.uid_index import ExamEntry, SliceEntry, UidIndex, write_index_part
+from preprocess.store.read import SliceStore
+from preprocess.store.schema import IncompleteStoreError
 
 MIRRORED = (0.0, -1.0, 0.0, 0.0, 0.0, -1.0)
 

@@ -11,27 +11,27 @@ from pydicom import dcmread
 from scipy import ndimage
 from store_factory import make_record, make_store, pseudonym
 
-from preprocess import contact_sheet
-from preprocess import store as store_module
 from preprocess.commit import committed_directory, content_id
-from preprocess.corrections import read_corrections
 from preprocess.mapper import TaskFailure, map_here
-from preprocess.midsagittal import (
+from preprocess.midsagittal import contact_sheet
+from preprocess.midsagittal.choose import (
     FLAG_BELOW,
     choose_for_store,
     load_midsagittal,
     locate_templates,
     read_template_list,
 )
-from preprocess.pipeline import ConvertJob, convert_tree
-from preprocess.store import SliceStore
-from preprocess.template_match import (
+from preprocess.midsagittal.corrections import read_corrections
+from preprocess.midsagittal.match import (
     MidsagittalError,
     find_midsagittal,
     load_templates,
     make_templates,
     slice_similarity,
 )
+from preprocess.pipeline import ConvertJob, convert_tree
+from preprocess.store import schema as store_module
+from preprocess.store.read import SliceStore
 
 
 def spine(seed, *, middle, shape=(11, 96, 96), shift=(0, 0), scale=1.0, tilt_deg=0.0, noise=30.0):

@@ -8,13 +8,15 @@ import pytest
 from dicom_factory import make_series
 from pydicom import dcmread
 
-from preprocess import partitions
 from preprocess.__main__ import main
-from preprocess.index import FileRow, WalkedFile, walk
+from preprocess.headers import partitions
+from preprocess.headers.index import FileRow, WalkedFile, walk
 from preprocess.mapper import map_here
 from preprocess.pipeline import ConvertJob, PreprocessError, convert_tree
 from preprocess.select import Policy
-from preprocess.store import SliceStore, StoreError, verify_store
+from preprocess.store.read import SliceStore
+from preprocess.store.schema import StoreError
+from preprocess.store.verify import verify_store
 
 T1 = {"EchoTime": 12.0, "RepetitionTime": 600.0}
 

@@ -33,7 +33,7 @@ from pydicom.uid import JPEG2000Lossless, JPEGLSLossless
 from preprocess import convert
 from preprocess.__main__ import main
 from preprocess.commit import PARTIAL_PREFIX
-from preprocess.store import SliceStore
+from preprocess.store.read import SliceStore
 
 pytestmark = pytest.mark.xdist_group("privacy")
 

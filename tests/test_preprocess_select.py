@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from dicom_factory import AXIAL, SAGITTAL, make_dataset, make_series, save
 
-from preprocess.index import FileRow, index_files, walk
+from preprocess.headers.index import FileRow, index_files, walk
 from preprocess.select import CONTRASTS, OverrideError, Policy, choose, read_overrides, select
 from preprocess.stacks import make_stacks
 

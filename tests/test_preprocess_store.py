@@ -14,7 +14,9 @@ from pydicom import dcmread
 from preprocess.__main__ import main
 from preprocess.commit import KILL_AT_VARIABLE
 from preprocess.pipeline import ConvertJob, PreprocessError, convert_tree
-from preprocess.store import SHARD_NAME, IncompleteStoreError, SliceStore, StoreError, series_path, verify_store
+from preprocess.store.read import SliceStore
+from preprocess.store.schema import SHARD_NAME, IncompleteStoreError, StoreError, series_path
+from preprocess.store.verify import verify_store
 
 T1 = {"EchoTime": 12.0, "RepetitionTime": 600.0}
 

@@ -13,9 +13,9 @@ from pydicom.uid import (
 )
 
 from preprocess.geometry import GeometryError
-from preprocess.index import index_files, walk
+from preprocess.headers.index import index_files, walk
+from preprocess.pixels.volume import VolumeError, load_volume
 from preprocess.stacks import make_stacks
-from preprocess.volume import VolumeError, load_volume
 
 
 def load(folder, **options):

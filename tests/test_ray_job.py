@@ -18,7 +18,7 @@ import pytest
 from chromium import open_page
 from river import ROOT, environment, prepare_cohort, result_folder, study_arguments
 
-from preprocess.store import SliceStore
+from preprocess.store.read import SliceStore
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

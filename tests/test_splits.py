@@ -11,8 +11,8 @@ from lbp_ray.runs import RunError
 from lbp_ray.splits import HOLDOUT, SplitError, check_split, holdout_commitment, make_split, split_hash
 from lbp_ray.study import StudyConfig
 from preprocess.mapper import map_here
-from preprocess.midsagittal import choose_for_store
-from preprocess.store import SliceStore
+from preprocess.midsagittal.choose import choose_for_store
+from preprocess.store.read import SliceStore
 
 
 def cohort(seed, patients=120, share=0.3):

@@ -64,12 +64,11 @@ def test_every_package_is_listed():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_modules_have_a_role(path):
-    if path.parent.name in (*PACKAGES, "phantom", "nets", "report", "distributed") and path.name not in (
-        "__init__.py",
-        "__main__.py",
-    ):
-        roles = (path.parent / "__init__.py").read_text()
-        assert f"``{path.stem}``" in roles
+    if path.name == "__init__.py":
+        if path.parent.name not in PACKAGES:
+            assert f"``{path.parent.name}/``" in (path.parents[1] / "__init__.py").read_text()
+    elif path.name != "__main__.py":
+        assert f"``{path.stem}``" in (path.parent / "__init__.py").read_text()
 
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -20,10 +20,11 @@ import nibabel as nib
 import numpy as np
 
 from preprocess.commit import write_atomic
-from preprocess.manifest_scan import scan_manifest
 from preprocess.mapper import TaskFailure, map_here
-from preprocess.png import encode_png
-from preprocess.store import SliceStore, use_one_thread
+from preprocess.store.png import encode_png
+from preprocess.store.read import SliceStore
+from preprocess.store.scan import scan_manifest
+from preprocess.store.write import use_one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from preprocess.store import manifest_partitions
+from preprocess.store.read import manifest_partitions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ def scan_manifest(
     store_path
         A slice store. Nothing is checked: `SliceStore.open` of the same part does that.
     columns
-        Names among those of `preprocess.store.MANIFEST_SCHEMA`.
+        Names among those of `preprocess.store.schema.MANIFEST_SCHEMA`.
     contrast
         Only series of this contrast; None takes all.
 

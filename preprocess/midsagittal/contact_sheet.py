@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from preprocess.png import encode_png
+from preprocess.store.png import encode_png
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

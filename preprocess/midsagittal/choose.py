@@ -18,12 +18,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from preprocess.commit import canonical_json, committed_directory, content_id
-from preprocess.contact_sheet import Card, choose_cards, draw_sheet, make_strip
-from preprocess.corrections import read_corrections
-from preprocess.manifest_scan import partition_of, scan_manifest
 from preprocess.mapper import TaskFailure
-from preprocess.store import SliceStore, hash_contents, use_one_thread
-from preprocess.template_match import METHOD_VERSION, MidsagittalError, Templates, find_midsagittal, make_templates
+from preprocess.midsagittal.contact_sheet import Card, choose_cards, draw_sheet, make_strip
+from preprocess.midsagittal.corrections import read_corrections
+from preprocess.midsagittal.match import METHOD_VERSION, MidsagittalError, Templates, find_midsagittal, make_templates
+from preprocess.store.read import SliceStore
+from preprocess.store.scan import partition_of, scan_manifest
+from preprocess.store.schema import hash_contents
+from preprocess.store.write import use_one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

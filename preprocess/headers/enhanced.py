@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pydicom
 from pydicom.tag import Tag
 
-from preprocess.header import element_value
+from preprocess.headers.reader import element_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -137,7 +137,7 @@ def frame_values(header: pydicom.Dataset, values: Mapping[int, Any]) -> list[dic
     header
         Header with functional groups.
     values
-        Tag → value of the top level, as `preprocess.header.element_value` gives it.
+        Tag → value of the top level, as `preprocess.headers.reader.element_value` gives it.
 
     Returns
     -------

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pydicom.tag import Tag
 
-from preprocess.header import EXPLICIT, HEAD_BYTES, IMPLICIT, UNDEFINED, Header, Reader, Source, UnsureError
+from preprocess.headers.reader import EXPLICIT, HEAD_BYTES, IMPLICIT, UNDEFINED, Header, Reader, Source, UnsureError
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from preprocess.store import MANIFEST_SCHEMA, IncompleteStoreError, SliceStore, manifest_partitions
-from preprocess.uid_index import UidIndex, in_batches
+from preprocess.link.uid_index import UidIndex, in_batches
+from preprocess.store.read import SliceStore, manifest_partitions
+from preprocess.store.schema import MANIFEST_SCHEMA, IncompleteStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from preprocess.store import SliceStore, manifest_partitions, stored_series
+from preprocess.store.read import SliceStore, manifest_partitions, stored_series
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from preprocess.template_match import MidsagittalError
+from preprocess.midsagittal.match import MidsagittalError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

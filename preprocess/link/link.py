@@ -28,9 +28,9 @@ from tqdm import tqdm
 from preprocess.commit import commit_point
 from preprocess.deidentify import normalise
 from preprocess.geometry import canonical_point
+from preprocess.link.resolve import CODES, KEYS, REASONS, Book, resolve
+from preprocess.link.uid_index import stream_atomic
 from preprocess.pipeline import StorePaths
-from preprocess.resolve import CODES, KEYS, REASONS, Book, resolve
-from preprocess.uid_index import stream_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -17,14 +17,14 @@ import numpy as np
 import pydicom
 from pydicom import config as pydicom_config
 
-from preprocess.codecs import CodecError, decode_pixels
 from preprocess.geometry import StackGeometry, canonical_pixels, stack_geometry
-from preprocess.native import NativeImage, read_native
+from preprocess.pixels.codecs import CodecError, decode_pixels
+from preprocess.pixels.native import NativeImage, read_native
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from preprocess.index import FileRow
+    from preprocess.headers.index import FileRow
     from preprocess.stacks import Stack
 
 _NATIVE_SYNTAXES = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"}

@@ -19,8 +19,8 @@ import pydicom
 from pydicom import config as pydicom_config
 from pydicom.tag import Tag
 
-from preprocess.enhanced import PER_FRAME, SHARED, TOP_TAGS, FrameError, frame_values, is_enhanced
-from preprocess.header import BoundedReader, Header, HeaderLimitError, Reader, Source, read_with_pydicom
+from preprocess.headers.enhanced import PER_FRAME, SHARED, TOP_TAGS, FrameError, frame_values, is_enhanced
+from preprocess.headers.reader import BoundedReader, Header, HeaderLimitError, Reader, Source, read_with_pydicom
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

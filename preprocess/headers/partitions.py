@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from preprocess.accounting import FileOutcome, strongest
 from preprocess.commit import canonical_json, commit_point, content_id, write_atomic
 from preprocess.deidentify import Pseudonymiser
-from preprocess.index import FileRow, WalkedFile, index_files
+from preprocess.headers.index import FileRow, WalkedFile, index_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
