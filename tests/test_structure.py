@@ -66,7 +66,7 @@ def test_every_package_is_listed():
 def test_modules_have_a_role(path):
     if path.name == "__init__.py":
         if path.parent.name not in PACKAGES:
-            assert f"``{path.parent.name}/``" in (path.parents[1] / "__init__.py").read_text()
+            assert f"``{path.parent.name}" in (path.parents[1] / "__init__.py").read_text()
     elif path.name != "__main__.py":
         assert f"``{path.stem}``" in (path.parent / "__init__.py").read_text()
 
