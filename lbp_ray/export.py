@@ -1,19 +1,23 @@
-"""Crops as files that others read: NIfTI, in the coordinates of their series, and PNG."""
+"""Crops as files that others read: NIfTI, in the coordinates of their series, and PNG.
+
+``python -m lbp_ray.export X.zarr runs/crops/ADDRESS --out DIR --format nifti``
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from preprocess.store.export import Stack, export_stack
+from lbp_ray.roi import Crops
+from preprocess.store.export import FORMATS, Stack, export_stack
+from preprocess.store.read import SliceStore
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lbp_ray.roi import Crops
     from preprocess.store.export import Format
-    from preprocess.store.read import SliceStore
 
 
 UNEVEN_SHARE = 0.01
@@ -62,7 +66,8 @@ def crop_stack(store: SliceStore, row: dict[str, Any], crop_KHW: np.ndarray) -> 
     record = store.record(row["series_id"])
     indices = np.asarray(row["slice_index"])
     # The affine's slice step is the mean one: places are counted in such steps, by position and not by number.
-    places = np.asarray(record.positions_mm) * (record.num_slices - 1) / (record.positions_mm[-1] or 1)
+    steps = record.num_slices - 1 + len(record.missing_mm)
+    places = np.asarray(record.positions_mm) * steps / (record.positions_mm[-1] or 1)
     series_affine = np.reshape(record.affine, (4, 4))
     affine = series_affine.copy()
     affine[:, 3] = series_affine @ [places[indices[0]], row["box_row"], row["box_column"], 1]
@@ -82,3 +87,25 @@ def crop_stack(store: SliceStore, row: dict[str, Any], crop_KHW: np.ndarray) -> 
 def _of_slices(values: tuple[float, ...], indices: np.ndarray) -> tuple[float, ...]:
     """Values of the chosen slices, where there is one per slice."""
     return values if len(values) < 2 else tuple(values[index] for index in indices)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, export, say how many."""
+    parser = argparse.ArgumentParser(prog="python -m lbp_ray.export", description=__doc__)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("crops", type=Path, help="folder of a crops artefact, below crops/ of the runs")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--format", choices=FORMATS, default="nifti")
+    options = parser.parse_args(arguments)
+    try:
+        store, crops = SliceStore.open(options.store), Crops.open(options.crops)
+        written = export_crops(store, crops, options.out, options.format)
+    except (OSError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{written} crops written to {options.out}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, required=True)
     export.add_argument("--series", action="append", default=[], metavar="SERIES_ID", help="default: every series")
     export.add_argument("--format", choices=("nifti", "png", "png16"), default="nifti")
+    export.add_argument("--num-cpus", type=int, help="CPUs of the local Ray cluster; 0 runs in this process")
     export.set_defaults(run=_export)
     verify = commands.add_parser("verify", help="read everything and name every fault")
     verify.add_argument("store", type=Path)
@@ -182,7 +183,9 @@ def _link(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from preprocess.store.export import export_store
 
-    written = export_store(options.store, options.out, options.format, series_ids=options.series or None)
+    store, out = _absolute(options.store), _absolute(options.out)
+    with _mapper(options.num_cpus, [options.store, options.out]) as mapper:
+        written = export_store(store, out, options.format, series_ids=options.series or None, mapper=mapper)
     print(f"{written} series written to {options.out}")
     return 0
 

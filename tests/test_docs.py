@@ -63,7 +63,14 @@ def text_constants(source):
 
 def test_commands_were_found():
     modules = {words_after(line, "python -m ")[0] for line in (param.values[0] for param in PYTHON)}
-    assert modules == {"lbp_ray.phantom", "lbp_ray.predict", "lbp_ray.report", "lbp_ray.tune", "preprocess"}
+    assert modules == {
+        "lbp_ray.export",
+        "lbp_ray.phantom",
+        "lbp_ray.predict",
+        "lbp_ray.report",
+        "lbp_ray.tune",
+        "preprocess",
+    }
     assert {"make demo", "make test", "make head"} <= set(MAKE)
 
 
