@@ -65,6 +65,9 @@ DERIVED_TYPES = frozenset(
 )
 """Image types of computed images."""
 
+COMPRESSED_SYNTAXES = ("1.2.840.10008.1.2.4.", "1.2.840.10008.1.2.5")
+"""Starts of the transfer syntaxes of the JPEG families and of RLE."""
+
 NOT_MAGNITUDE_TYPES = frozenset({"P", "PHASE", "PHASE MAP", "R", "REAL", "I", "IMAGINARY"})
 """Image types of the other parts of a complex image."""
 
@@ -355,11 +358,24 @@ def _reject_by_type(stack: Stack) -> str:
         (bool(types & NOT_MAGNITUDE_TYPES), "not_magnitude"),
         ("MOSAIC" in types, "mosaic"),
         (bool(types & DIXON_OTHER_TYPES), "dixon"),
-        (bool(types & DERIVED_TYPES) and not types & (DIXON_WATER_TYPES | DIXON_IN_PHASE_TYPES), "derived"),
+        (_is_computed(row), "derived"),
         (bool(row.b_value), "diffusion"),
         (stack.num_echoes > MAX_ECHOES, "multi_echo"),
     )
     return next((code for fired, code in rules if fired), "")
+
+
+def _is_computed(row: FileRow) -> bool:
+    """Whether the image was computed from others; Dixon images and recompressed ones only bear the name."""
+    types = set(row.image_type)
+    if types & (DIXON_WATER_TYPES | DIXON_IN_PHASE_TYPES):
+        return False
+    return bool(types & DERIVED_TYPES - {"DERIVED"}) or ("DERIVED" in types and not _is_recompressed(row))
+
+
+def _is_recompressed(row: FileRow) -> bool:
+    """Whether ``DERIVED`` may mean no more than that an archive compressed a primary image."""
+    return row.image_type[:2] == ("DERIVED", "PRIMARY") and row.transfer_syntax.startswith(COMPRESSED_SYNTAXES)
 
 
 def _reject_by_plane(stack: Stack) -> str:
@@ -442,7 +458,13 @@ def _weighting_by_description(row: FileRow) -> tuple[str, tuple[str, ...]]:
 def _flags(stack: Stack) -> tuple[str, ...]:
     row = stack.rows[0]
     oblique = abs(slice_normal(row.orientation)[0]) < SAGITTAL_SURE_COSINE
-    named = {"oblique": oblique, "contrast_agent": bool(row.contrast_agent), "echoes": stack.num_echoes > 1}
+    recompressed = "DERIVED" in row.image_type and _is_recompressed(row)
+    named = {
+        "recompressed": recompressed,
+        "oblique": oblique,
+        "contrast_agent": bool(row.contrast_agent),
+        "echoes": stack.num_echoes > 1,
+    }
     return tuple(name for name, fired in named.items() if fired)
 
 

@@ -53,6 +53,16 @@ def codes(*series):
         pytest.param({"echo_time_ms": None, "series_description": "T2 sag"}, "", id="description"),
         pytest.param({"echo_time_ms": None, "series_description": "T2* sag"}, "unknown_contrast", id="t2-star"),
         pytest.param({"image_type": ("DERIVED", "SECONDARY")}, "derived", id="derived"),
+        pytest.param(
+            {"image_type": ("DERIVED", "PRIMARY", "M"), "transfer_syntax": "1.2.840.10008.1.2.4.90"},
+            "",
+            id="recompressed",
+        ),
+        pytest.param(
+            {"image_type": ("DERIVED", "PRIMARY", "MPR"), "transfer_syntax": "1.2.840.10008.1.2.4.90"},
+            "derived",
+            id="recompressed-reformat",
+        ),
         pytest.param({"image_type": ("ORIGINAL", "PRIMARY", "LOCALIZER")}, "localizer", id="localizer"),
         pytest.param({"series_description": "3-plane loc"}, "localizer", id="localizer-by-name"),
         pytest.param({"series_description": "lumbar T2 local coil"}, "", id="local-coil-is-no-localizer"),
