@@ -15,7 +15,7 @@ import socket
 import uuid
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -124,12 +124,28 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 def write_pieces(path: Path, pieces: Iterable[bytes], *, mode: int = 0o644) -> None:
     """Write a file as `write_atomic` does, from pieces that need not all be in memory."""
+    with stream_atomic(path, mode=mode) as file:
+        for piece in pieces:
+            file.buffer.write(piece)
+
+
+@contextmanager
+def stream_atomic(path: Path, *, mode: int = 0o644) -> Iterator[TextIO]:
+    """Yield a text file that becomes `path` when the block ends, and vanishes when it raises.
+
+    Parameters
+    ----------
+    path
+        Final path; its folder is made when missing.
+    mode
+        Permission bits, set before the first byte is written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f"{PARTIAL_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
     try:
-        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            for piece in pieces:
-                file.write(piece)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)

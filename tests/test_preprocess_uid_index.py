@@ -2,8 +2,9 @@ import csv
 
 import pytest
 
+from preprocess.commit import stream_atomic
 from preprocess.link import uid_index
-from preprocess.link.uid_index import ExamEntry, SliceEntry, UidIndex, UidIndexError, stream_atomic, write_mapping_table
+from preprocess.link.uid_index import ExamEntry, SliceEntry, UidIndex, UidIndexError, write_mapping_table
 
 
 def exam(study_id, patient="P1", accession="", issuer=""):

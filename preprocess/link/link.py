@@ -25,11 +25,10 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from preprocess.commit import commit_point
+from preprocess.commit import commit_point, stream_atomic
 from preprocess.deidentify import normalise
 from preprocess.geometry import canonical_point
 from preprocess.link.resolve import CODES, KEYS, REASONS, Book, resolve
-from preprocess.link.uid_index import stream_atomic
 from preprocess.pipeline import StorePaths
 
 if TYPE_CHECKING:

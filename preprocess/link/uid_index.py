@@ -12,18 +12,15 @@ store holds is the manifest's word, not this index's: an exam listed here may ha
 from __future__ import annotations
 
 import csv
-import os
-import uuid
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from preprocess.commit import PARTIAL_PREFIX, commit_point, fsync_path, write_atomic
+from preprocess.commit import commit_point, stream_atomic, write_atomic
 from preprocess.deidentify import normalise
 
 if TYPE_CHECKING:
@@ -314,28 +311,3 @@ def _is_mapping_table(path: Path) -> bool:
     header = (",".join(MAPPING_COLUMNS) + "\n").encode()
     with path.open("rb") as file:
         return file.read(len(header)) == header
-
-
-@contextmanager
-def stream_atomic(path: Path, *, mode: int = 0o644) -> Iterator[TextIO]:
-    """Yield a text file that becomes `path` when the block ends, and vanishes when it raises.
-
-    Parameters
-    ----------
-    path
-        Final path; its folder is made when missing.
-    mode
-        Permission bits, set before the first byte is written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f"{PARTIAL_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
-    try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-        fsync_path(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
