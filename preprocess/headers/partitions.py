@@ -38,7 +38,7 @@ MIN_FILES_PER_BATCH = 256
 LARGE_TREE_FILES = 1_000_000
 """Trees with more files get parts named by two characters (1,024) instead of one (32)."""
 
-ROWS_IN_MEMORY = 50_000
+ROWS_IN_MEMORY = 20_000
 """A part with more header rows is taken up in 32 blocks, by the next character of the study's pseudonym."""
 
 BASE32 = "abcdefghijklmnopqrstuvwxyz234567"
