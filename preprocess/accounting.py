@@ -201,8 +201,8 @@ class Summary:
 
 
 def file_lines(files: Iterable[FileOutcome]) -> bytes:
-    """Render outcomes as lines of the private file report, sorted by path."""
-    by_path = sorted(files, key=lambda file: file.path)
+    """Render outcomes as lines of the private file report, sorted by study and path."""
+    by_path = sorted(files, key=lambda file: (file.study_id, file.path))
     return csv_lines([*(getattr(file, name) for name in FILE_COLUMNS[:-1]), state_of(file.code)] for file in by_path)
 
 

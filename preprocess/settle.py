@@ -21,7 +21,7 @@ from preprocess.accounting import (
     stack_lines,
     strongest,
 )
-from preprocess.commit import canonical_json, commit_point, content_id, write_atomic
+from preprocess.commit import canonical_json, commit_point, content_id, stream_atomic, write_atomic
 from preprocess.convert import (
     Conversion,
     Identity,
@@ -121,8 +121,9 @@ def settle_part(job: SettleJob, part: Part) -> PartOutcome:
     """
     use_one_thread()
     settlement = _Settlement(job, part)
-    for selection in job.selections(part.name):
-        settlement.add(selection)
+    with stream_atomic(settlement.path("files", "csv"), mode=0o600) as report:
+        for selection in job.selections(part.name):
+            report.buffer.write(file_lines(settlement.add(selection)))
     settlement.write()
     return PartOutcome(part.name, settlement.codes, len(settlement.exams), frozenset(settlement.overrides))
 
@@ -134,23 +135,27 @@ class _Settlement:
         self.job, self.part, self.names = job, part.name, job.names
         self.known_faults = dict(part.known_faults)
         self.held = {(row["study_id"], row["contrast"]): row for row in committed_series(job.store, part.name)}
-        self.sources: dict[str, dict[str, Any]] = _read_json(self._path("sources", "json"))
-        self.files: list[FileOutcome] = []
+        self.sources: dict[str, dict[str, Any]] = _read_json(self.path("sources", "json"))
+        self.counts: Counter[tuple[str, str, str]] = Counter()
         self.stacks: list[StackOutcome] = []
         self.exams: list[ExamEntry] = []
         self.slices: list[SliceEntry] = []
         self.overrides: set[str] = set()
 
-    def _path(self, kind: str, suffix: str) -> Path:
+    def path(self, kind: str, suffix: str) -> Path:
+        """Where a kind of the part's reports is written."""
         return self.job.private / "parts" / f"{self.part}.{kind}.{suffix}"
 
     @property
     def codes(self) -> Counter[str]:
         """Files by code."""
-        return Counter(file.code for file in self.files)
+        totals: Counter[str] = Counter()
+        for (_, _, code), count in self.counts.items():
+            totals[code] += count
+        return totals
 
-    def add(self, selection: Selection) -> None:
-        """Settle whole studies."""
+    def add(self, selection: Selection) -> list[FileOutcome]:
+        """Settle whole studies; returns their files, which are not kept."""
         found: dict[str, list[_FileCode]] = defaultdict(list)
         seen = {row.study_uid for row, code in selection.settled if code.partition(":")[0] in QUARANTINED}
         for row, code in selection.settled:
@@ -160,7 +165,9 @@ class _Settlement:
                 self.exams.append(self._exam_entry(exam))
             for verdict in exam.verdicts:
                 self._add_stack(exam, verdict, found)
-        self.files += [self._file(path, codes) for path, codes in found.items()]
+        files = [self._file(path, codes) for path, codes in found.items()]
+        self.counts.update((file.study_id, file.series_id, file.code) for file in files)
+        return files
 
     def _add_stack(self, exam: Exam, verdict: Verdict, found: dict[str, list[_FileCode]]) -> None:
         stack = verdict.stack
@@ -218,14 +225,9 @@ class _Settlement:
         write_candidates_part(job.store, self.part, [_candidate(stack) for stack in self.stacks])
         write_index_part(job.private, self.part, self.exams, self.slices)
         commit_point("reports:before")
-        counts = Counter((file.study_id, file.series_id, file.code) for file in self.files)
-        for kind, lines in (
-            ("files", file_lines(self.files)),
-            ("counts", count_lines(counts)),
-            ("stacks", stack_lines(self.stacks)),
-        ):
-            write_atomic(self._path(kind, "csv"), lines, mode=0o600)
-        write_atomic(self._path("sources", "json"), canonical_json(self.sources).encode(), mode=0o600)
+        for kind, lines in (("counts", count_lines(self.counts)), ("stacks", stack_lines(self.stacks))):
+            write_atomic(self.path(kind, "csv"), lines, mode=0o600)
+        write_atomic(self.path("sources", "json"), canonical_json(self.sources).encode(), mode=0o600)
         commit_point("reports:part")
 
 
