@@ -106,8 +106,9 @@ class Recipe(FrozenModel):
     """Adam's L2 term."""
     batch_size: PositiveInt = 32
     """Slices per step; every slice is a sample of its own."""
-    unfrozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Autocast type of the unfrozen epochs; features are always float32."""
+    unfrozen_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    """Autocast type of the unfrozen epochs; features are always float32. ``auto`` becomes, when the study starts,
+    ``bfloat16`` where the trials' device computes it natively, else ``float32``; the result names what it became."""
     study_rule: Literal["max", "mean"] = "max"
     """Study probability from slice probabilities: ``max`` is positive if any slice is."""
     threads: PositiveInt = 1

@@ -119,6 +119,7 @@ def run_study(config: StudyConfig) -> Path:
     RunError
         If trials failed after all retries; running the same command again runs only those.
     """
+    config = with_native_dtype(config)
     prepared = prepare(config)
     specs = plan_trials(
         config,
@@ -139,6 +140,16 @@ def run_study(config: StudyConfig) -> Path:
     predictor = describe_predictor(config, prepared, specs, folders)
     write_atomic(result_folder / PREDICTOR_FILE, predictor.model_dump_json(indent=1).encode())
     return write_study_report(result_folder, prepared.crops.folder)
+
+
+def with_native_dtype(config: StudyConfig) -> StudyConfig:
+    """Replace ``recipe.unfrozen_dtype: auto`` by what the trials' device computes natively; GPUs are taken to."""
+    if config.recipe.unfrozen_dtype != "auto":
+        return config
+    flags: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = bool(config.compute.gpus_per_trial) or flags.get("avx512_bf16", False) or flags.get("amx_bf16", False)
+    recipe = config.recipe.model_copy(update={"unfrozen_dtype": "bfloat16" if native else "float32"})
+    return config.model_copy(update={"recipe": recipe})
 
 
 def _shared(config: StudyConfig, prepared: Prepared) -> Shared:

@@ -76,3 +76,23 @@ def test_environment_is_expanded(config_file, monkeypatch):
 def test_cache_refuses_drifting_batchnorm(config_file):
     with pytest.raises(ConfigError, match="feature_cache needs frozen_batchnorm: eval"):
         load_config(StudyConfig, config_file, ["recipe.frozen_batchnorm=train"])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "flags", "gpus", "found"),
+    [
+        ("auto", {"avx512_bf16": True}, 0, "bfloat16"),
+        ("auto", {"amx_bf16": False}, 0, "float32"),
+        ("auto", {}, 1, "bfloat16"),
+        ("float32", {"amx_bf16": True}, 1, "float32"),
+    ],
+)
+def test_auto_becomes_the_type_that_the_device_computes(config_file, monkeypatch, wanted, flags, gpus, found):
+    import torch
+
+    from lbp_ray.tune import with_native_dtype
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+    overrides = [f"recipe.unfrozen_dtype={wanted}", f"compute.gpus_per_trial={gpus}"]
+    config = load_config(StudyConfig, config_file, overrides)
+    assert with_native_dtype(config).recipe.unfrozen_dtype == found

@@ -61,7 +61,7 @@ def load_trial_data(crops_folder: Path, split_folder: Path, features_folder: Pat
     return TrialData(
         crops_NKHW=crops.pixels_NKHW,
         crop_row_N=row_N,
-        features_NKF=features if features is None else features[torch.from_numpy(row_N)],
+        features_NKF=features if features is None else features[torch.from_numpy(row_N.copy())],
         study_ids=tuple(rows["study_id"]),
         patient_ids=tuple(rows["patient_id"]),
         labels_N=rows["label"].astype("float32").to_numpy(),
