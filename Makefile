@@ -44,6 +44,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks
 
 # Jobs find this python and a token that only its owner can read; port 0 avoids the fixed port of Ray's agents, which any other Ray
