@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from preprocess import pipeline
 from preprocess.deidentify import Pseudonymiser
 from preprocess.headers.index import FileRow, WalkedFile
-from preprocess.headers.partitions import BASE32, BatchOutcome, IndexTask, write_batch
+from preprocess.partitions import BASE32, BatchOutcome, IndexTask, write_batch
 from preprocess.select import Policy
 from preprocess.settle import Part, PartOutcome, SettleJob, settle_part
 from preprocess.store.write import create_store

@@ -9,6 +9,7 @@ The rooms, in the order the data meets them:
 - ``pixels/``: selected files to stored pixel values.
 - ``deidentify``: typed allow-list and keyed pseudonyms.
 - ``store/``: the contract: the Zarr slice store, written, read, verified, described, exported.
+- ``partitions``: header rows on disk, in parts by a hash of the study.
 - ``convert``: one stack to one committed series.
 - ``settle``: one part of the exams, whole: the unit of work.
 - ``accounting``: one terminal state per file; the private and the shareable report.

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from preprocess.mapper import Mapper, map_here
-from preprocess.pipeline import ConvertJob, StorePaths, choose_again, convert_tree
+from preprocess.pipeline import ConvertJob, choose_again, convert_tree
 from preprocess.select import CONTRASTS, Policy, read_overrides
+from preprocess.store.paths import StorePaths
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

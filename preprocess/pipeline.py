@@ -26,10 +26,13 @@ from preprocess.accounting import (
     csv_lines,
     file_lines,
 )
-from preprocess.commit import commit_point, sweep_partials, write_atomic, write_pieces
+from preprocess.commit import commit_point, write_atomic, write_pieces
 from preprocess.deidentify import Pseudonymiser, load_key
 from preprocess.headers.index import FileRow, walk
-from preprocess.headers.partitions import (
+from preprocess.link.uid_index import UidIndex, check_mapping_path, write_mapping_table
+from preprocess.mapper import Mapper, TaskFailure, map_here
+from preprocess.midsagittal.choose import choose_for_store, locate_templates, read_template_list
+from preprocess.partitions import (
     IndexTask,
     batch_name,
     batches,
@@ -39,9 +42,6 @@ from preprocess.headers.partitions import (
     sweep_index,
     write_batch,
 )
-from preprocess.link.uid_index import UidIndex, check_mapping_path, write_mapping_table
-from preprocess.mapper import Mapper, TaskFailure, map_here
-from preprocess.midsagittal.choose import choose_for_store, locate_templates, read_template_list
 from preprocess.select import Policy
 from preprocess.settle import (
     Part,
@@ -54,8 +54,9 @@ from preprocess.settle import (
     list_suspects,
     settle_part,
 )
+from preprocess.store.paths import StorePaths
 from preprocess.store.read import stored_series
-from preprocess.store.write import create_store, sweep_store
+from preprocess.store.write import create_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -65,45 +66,6 @@ if TYPE_CHECKING:
 
 class PreprocessError(ValueError):
     """A conversion that cannot be done as asked; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class StorePaths:
-    """Every path of one store and its siblings."""
-
-    store: Path
-
-    def __post_init__(self) -> None:
-        if self.store.suffix != ".zarr":
-            msg = f"--out must end in .zarr (its siblings are named after it), found {self.store}"
-            raise PreprocessError(msg)
-
-    @property
-    def private(self) -> Path:
-        """Key, file report and UID index; mode 0700."""
-        return self.store.with_suffix(".private")
-
-    @property
-    def key(self) -> Path:
-        """Default key file."""
-        return self.private / "pseudonym.key"
-
-    @property
-    def report(self) -> Path:
-        """Shareable report."""
-        return self.store.with_suffix(".report")
-
-    @property
-    def midsagittal(self) -> Path:
-        """Parent of the mid-sagittal artefacts."""
-        return self.store.with_suffix(".midsagittal")
-
-    def sweep(self) -> None:
-        """Delete what killed runs left half-written."""
-        sweep_store(self.store)
-        private = [self.private / name for name in ("exams", "slices", "parts", "index", "index/batches")]
-        for folder in (self.private, self.report, self.midsagittal, *private):
-            sweep_partials(folder)
 
 
 @dataclass(frozen=True)

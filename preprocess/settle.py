@@ -33,8 +33,8 @@ from preprocess.convert import (
 )
 from preprocess.deidentify import Pseudonymiser
 from preprocess.geometry import stack_geometry
-from preprocess.headers.partitions import part_rows
 from preprocess.link.uid_index import ExamEntry, SliceEntry, write_index_part
+from preprocess.partitions import part_rows
 from preprocess.pixels.volume import VolumeError, decode_file
 from preprocess.select import Policy, Selection, select
 from preprocess.store.write import committed_series, use_one_thread, write_candidates_part, write_manifest_part

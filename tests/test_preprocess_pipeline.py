@@ -8,8 +8,8 @@ import pytest
 from dicom_factory import make_series
 from pydicom import dcmread
 
+from preprocess import partitions
 from preprocess.__main__ import main
-from preprocess.headers import partitions
 from preprocess.headers.index import FileRow, WalkedFile, walk
 from preprocess.mapper import map_here
 from preprocess.pipeline import ConvertJob, PreprocessError, convert_tree

@@ -223,7 +223,7 @@ def test_two_writers_are_refused(tree, store):
 
 @pytest.mark.parametrize("out", ["x.store", "dicom/x.zarr"])
 def test_bad_outputs_are_refused(tmp_path, tree, out):
-    with pytest.raises(PreprocessError, match=r"zarr|never written"):
+    with pytest.raises(ValueError, match=r"zarr|never written"):
         convert_tree(ConvertJob(tree, tmp_path / out))
     assert not (tmp_path / out).exists()
 

@@ -29,7 +29,7 @@ from preprocess.commit import commit_point, stream_atomic
 from preprocess.deidentify import normalise
 from preprocess.geometry import canonical_point
 from preprocess.link.resolve import CODES, KEYS, REASONS, Book, resolve
-from preprocess.pipeline import StorePaths
+from preprocess.store.paths import StorePaths
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

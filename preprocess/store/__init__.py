@@ -1,6 +1,7 @@
 """THE CONTRACT: the Zarr slice store, and everything that reads or writes one.
 
 - ``schema``: layout, columns and hashes.
+- ``paths``: the store and its siblings.
 - ``write``: series, manifest and candidates, each committed whole.
 - ``read``: a complete store, and a refusal of any other.
 - ``verify``: every fault, by name.
