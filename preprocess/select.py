@@ -183,22 +183,30 @@ def select(
     settled: list[tuple[FileRow, str]] = []
     exams = []
     for study_uid, members in studies.items():
-        faults = [(row, row.fault or _geometry_fault(row)) for row in members]
-        images = [row for row, fault in faults if not fault]
-        settled += [(row, fault) for row, fault in faults if fault]
-        named = [row for row in members if row.study_uid and row.patient_id]
-        patients = {(normalise(row.issuer), normalise(row.patient_id)) for row in named}
-        if len(patients) > 1:
-            settled += [(row, "patient_mismatch") for row in images]
-        elif named:
-            stacks = make_stacks(images, settled)
-            first = min(named, key=lambda row: (row.issuer, row.patient_id))
-            accession = min({normalise(row.accession) for row in named} - {""}, default="")
-            broken = [(row, code) for row, code in settled if row.study_uid == study_uid]
-            stacks = [replace(stack, incomplete=_is_incomplete(stack, broken)) for stack in stacks]
-            verdicts = choose(stacks, policy, name_of)
-            exams.append(Exam(study_uid, (first.issuer, first.patient_id), accession, verdicts))
+        exam, outside = _select_in_study(study_uid, members, policy, name_of)
+        settled += outside
+        exams += [exam] if exam is not None else []
     return Selection(tuple(exams), tuple(settled))
+
+
+def _select_in_study(
+    study_uid: str, members: list[FileRow], policy: Policy, name_of: Callable[[Stack], str]
+) -> tuple[Exam | None, list[tuple[FileRow, str]]]:
+    """Decide on one study; no exam is made of what names no patient, or two."""
+    faults = [(row, row.fault or _geometry_fault(row)) for row in members]
+    images = [row for row, fault in faults if not fault]
+    settled = [(row, fault) for row, fault in faults if fault]
+    named = [row for row in members if row.study_uid and row.patient_id]
+    if len({(normalise(row.issuer), normalise(row.patient_id)) for row in named}) > 1:
+        return None, settled + [(row, "patient_mismatch") for row in images]
+    if not named:
+        return None, settled
+    stacks = make_stacks(images, settled)
+    stacks = [replace(stack, incomplete=_is_incomplete(stack, settled)) for stack in stacks]
+    first = min(named, key=lambda row: (row.issuer, row.patient_id))
+    accession = min({normalise(row.accession) for row in named} - {""}, default="")
+    verdicts = choose(stacks, policy, name_of)
+    return Exam(study_uid, (first.issuer, first.patient_id), accession, verdicts), settled
 
 
 def _is_incomplete(stack: Stack, settled: Sequence[tuple[FileRow, str]]) -> bool:
