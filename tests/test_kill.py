@@ -67,8 +67,11 @@ def test_commit_points_are_all_known():
     assert expected == {*DRIVER_POINTS, *WORKER_POINTS}
 
 
-def check_commit_point(undisturbed, folder: Path, point: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("point", [*DRIVER_POINTS, *WORKER_POINTS])
+def test_kill_at_every_commit_point(undisturbed, tmp_path, point):
     root, _ = undisturbed
+    folder = tmp_path / "runs"
     runs = fresh_runs(root, folder)
     folder.mkdir(exist_ok=True)
     status, output = run(root, "lbp_ray.tune", *STUDY, runs, LBP_RAY_KILL_AT=f"{point}@{folder / 'marker'}")
@@ -79,17 +82,6 @@ def check_commit_point(undisturbed, folder: Path, point: str) -> None:
         assert status == 0, output[-2000:]
         assert tables(folder) == tables(root)
     finish_and_compare(root, folder, runs)
-
-
-@pytest.mark.parametrize("point", ["features:before-rename", "trial:before-rename"])
-def test_kill_at_a_driver_and_a_worker_commit_point(undisturbed, tmp_path, point):
-    check_commit_point(undisturbed, tmp_path / "runs", point)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("point", [*DRIVER_POINTS, *WORKER_POINTS])
-def test_kill_at_every_commit_point(undisturbed, tmp_path, point):
-    check_commit_point(undisturbed, tmp_path / "runs", point)
 
 
 def descendants(pid: int) -> dict[int, str]:

@@ -383,9 +383,9 @@ def check_kill(tmp_path, point):
 def test_inspect_and_verify_commands(store, capsys):
     assert main(["inspect", str(store)]) == 0
     assert "3 patients, 3 exams, 3 series" in capsys.readouterr().out
-    assert main(["verify", str(store)]) == 0
+    assert main(["verify", str(store), "--num-cpus", "0"]) == 0
     remove_shard(store)
-    assert main(["verify", str(store)]) == 1
+    assert main(["verify", str(store), "--num-cpus", "0"]) == 1
     assert "missing_shard" in capsys.readouterr().out
     assert main(["inspect", str(store)]) == 2
     assert main(["inspect", str(store.parent)]) == 2
