@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import secrets
 
 import pytest
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray reads its token once per process: clusters that tests start one after the other must share it.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @pytest.fixture(scope="session", autouse=True)
