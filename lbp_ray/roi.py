@@ -78,6 +78,9 @@ class Crops:
     @classmethod
     def open(cls, folder: Path) -> Crops:
         """Open a committed artefact; its pixels stay on disk until they are touched."""
+        if not (folder / "crops.json").is_file():
+            msg = f"{folder} is no crops artefact (no crops.json); the folders below crops/ of the runs are"
+            raise RoiError(msg)
         meta = json.loads((folder / "crops.json").read_text())
         pixels = np.load(folder / "crops.npy", mmap_mode="r")
         table = pd.read_parquet(folder / "crops.parquet")

@@ -170,10 +170,17 @@ def load_key(path: Path, *, create: bool) -> bytes:
         msg = f"pseudonym key {path} is open to others (mode {stat.S_IMODE(mode):o}): run chmod 600 on it"
         raise KeyFileError(msg)
     try:
-        return bytes.fromhex(text)
+        key = bytes.fromhex(text)
     except ValueError:
         msg = f"pseudonym key {path} must be hexadecimal text; restore the file that the first run created"
         raise KeyFileError(msg) from None
+    if len(key) < KEY_BYTES:
+        msg = (
+            f"pseudonym key {path} has {len(key)} bytes, at least {KEY_BYTES} are required; restore the file that the "
+            "first run created, or leave --key-file out for a new store"
+        )
+        raise KeyFileError(msg)
+    return key
 
 
 def _create_key(path: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from preprocess.accounting import QUARANTINED
 from preprocess.deidentify import normalise
 from preprocess.geometry import GeometryError, slice_normal, stack_geometry
+from preprocess.headers.reader import COMPRESSED_SYNTAXES
 from preprocess.stacks import Stack, make_stacks
 
 if TYPE_CHECKING:
@@ -64,9 +65,6 @@ DERIVED_TYPES = frozenset(
     {"DERIVED", "MPR", "PROJECTION IMAGE", "MIP", "ADC", "FA", "SUBTRACT", "SUB", "T2 MAP", "T1 MAP"}
 )
 """Image types of computed images."""
-
-COMPRESSED_SYNTAXES = ("1.2.840.10008.1.2.4.", "1.2.840.10008.1.2.5")
-"""Starts of the transfer syntaxes of the JPEG families and of RLE."""
 
 NOT_MAGNITUDE_TYPES = frozenset({"P", "PHASE", "PHASE MAP", "R", "REAL", "I", "IMAGINARY"})
 """Image types of the other parts of a complex image."""

@@ -225,3 +225,21 @@ def test_description_opens_one_part_at_a_time_and_refuses_what_is_incomplete(sto
     monkeypatch.setattr(SliceStore, "open", lambda path, **given: opened.append(given) or original(path, **given))
     describe_store(store)
     assert opened == [{"partition": part} for part in "abc"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("x.zarr", "in no part of the manifest"), ("absent.zarr", "is not a slice store")],
+    ids=["part-lost", "absent"],
+)
+@pytest.mark.parametrize(
+    "reader", [lambda store, out: export_store(store, out, "nifti"), lambda s, _: describe_store(s)]
+)
+def test_what_is_missing_is_refused_not_passed_over(tmp_path, name, message, reader):
+    for patient in range(6):
+        make_series(tmp_path / "dicom" / str(patient), patient=f"P{patient}")
+    convert_tree(ConvertJob(tmp_path / "dicom", tmp_path / "x.zarr"))
+    next((tmp_path / "x.zarr" / "manifest").glob("*.parquet")).unlink()
+    with pytest.raises(StoreError, match=message):
+        reader(tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

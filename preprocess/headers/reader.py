@@ -45,7 +45,7 @@ MAX_VALUE_BYTES = 65_536
 """A value longer than any short-form element can hold is no identifier, code or number."""
 
 IMPLICIT, EXPLICIT, DEFLATED = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99"
-_ENCAPSULATED = ("1.2.840.10008.1.2.4.", "1.2.840.10008.1.2.5")
+COMPRESSED_SYNTAXES = ("1.2.840.10008.1.2.4.", "1.2.840.10008.1.2.5")
 """Starts of the UIDs of compressed encodings, whose headers are explicit little-endian."""
 
 _TEXT = frozenset(name.encode() for name in ("UI", "CS", "DS", "IS", "DA", "TM", "LO", "SH", "AE"))
@@ -189,7 +189,7 @@ class Reader:
     def _read(self, source: Source) -> Header:
         meta, position = _read_meta(source)
         syntax, media_class = meta.get(_SYNTAX_TAG, ""), meta.get(_CLASS_TAG, "")
-        explicit = syntax == EXPLICIT or syntax.startswith(_ENCAPSULATED)
+        explicit = syntax == EXPLICIT or syntax.startswith(COMPRESSED_SYNTAXES)
         buffer, index = source.locate(position, HEAD_BYTES)
         if not (explicit or syntax == IMPLICIT) or _looks_explicit(buffer, index) != explicit:
             raise UnsureError

@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from preprocess.link.uid_index import UidIndex, in_batches
-from preprocess.store.read import SliceStore, manifest_partitions
-from preprocess.store.schema import MANIFEST_SCHEMA, IncompleteStoreError
+from preprocess.store.read import SliceStore, complete_partitions
+from preprocess.store.schema import MANIFEST_SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -132,14 +132,7 @@ def _stored(store: Path, study_ids: Any, series_ids: Any) -> tuple[Any, Any]:  #
 
 def _manifest(store: Path, schema: Any) -> Iterator[Any]:  # noqa: ANN401  (Arrow schema and tables)
     """Yield the manifest by partition, each checked to be complete."""
-    partitions = manifest_partitions(store)
-    if not partitions:
-        SliceStore.open(store)  # says why
-    for folder in store.glob("[!.][!.]"):
-        if not folder.name.startswith(tuple(partitions)) and any(folder.iterdir()):
-            msg = f"{store}: folder {folder.name} is in no part of the manifest: run `python -m preprocess` to the end"
-            raise IncompleteStoreError(msg)
-    for partition in tqdm(partitions, desc="store", unit="partition", disable=None, delay=1):
+    for partition in tqdm(complete_partitions(store), desc="store", unit="partition", disable=None, delay=1):
         manifest = SliceStore.open(store, partition=partition).manifest
         yield pa.Table.from_pandas(manifest[list(_SERIES)], schema, preserve_index=False)
 

@@ -18,7 +18,7 @@ import pydicom
 from pydicom import config as pydicom_config
 
 from preprocess.geometry import StackGeometry, canonical_pixels, stack_geometry
-from preprocess.pixels.codecs import CodecError, decode_pixels
+from preprocess.pixels.codecs import NATIVE_SYNTAXES, CodecError, decode_pixels
 from preprocess.pixels.native import NativeImage, read_native
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
     from preprocess.headers.index import FileRow
     from preprocess.stacks import Stack
-
-_NATIVE_SYNTAXES = {"1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"}
 
 _ImageName: TypeAlias = "tuple[str, int | None]"
 """Path and frame."""
@@ -242,7 +240,7 @@ def _check_length(dataset: pydicom.FileDataset) -> None:
         implicit, little = dataset.original_encoding
         native = "1.2.840.10008.1.2" if implicit else "1.2.840.10008.1.2.1" if little else "1.2.840.10008.1.2.2"
         meta.TransferSyntaxUID = pydicom.uid.UID(native)
-    if str(meta.TransferSyntaxUID) in _NATIVE_SYNTAXES:
+    if meta.TransferSyntaxUID in NATIVE_SYNTAXES:
         pixels = int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("NumberOfFrames") or 1)
         if len(dataset.get("PixelData") or b"") < pixels * ((int(dataset.BitsAllocated) + 7) // 8):
             raise VolumeError("truncated")

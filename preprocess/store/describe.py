@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from preprocess.store.read import SliceStore, manifest_partitions, stored_series
+from preprocess.store.read import SliceStore, complete_partitions, stored_series
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,8 +87,7 @@ def describe_store(path: Path) -> str:
         If the folder is no complete store.
     """
     totals = _Totals()
-    partitions: list[str | None] = [*manifest_partitions(path)] or [None]  # without a part, opening says what is wrong
-    for partition in partitions:
+    for partition in complete_partitions(path):
         totals.add(SliceStore.open(path, partition=partition).manifest)
     patients = pc.count_distinct(pa.chunked_array(totals.patients, pa.string())).as_py()
     lines = [

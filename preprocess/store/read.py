@@ -178,6 +178,29 @@ def manifest_partitions(path: Path) -> list[str]:
     return sorted(part.stem for part in (path / "manifest").glob("[!.]*.parquet"))
 
 
+def complete_partitions(path: Path) -> list[str]:
+    """Name the parts of a store's manifest, for readers that open one after the other.
+
+    A part that is gone altogether would else be missed: its series lie in no part that is opened.
+
+    Raises
+    ------
+    StoreError
+        If the folder is no store.
+    IncompleteStoreError
+        If the manifest is empty, or a folder of series is in none of its parts.
+    """
+    root_attributes(path)
+    parts = manifest_partitions(path)
+    if not parts:
+        SliceStore.open(path)  # says why
+    for folder in fan_out(path):
+        if not folder.name.startswith(tuple(parts)) and any(folder.iterdir()):
+            msg = f"{path}: folder {folder.name} is in no part of the manifest: run `python -m preprocess` to the end"
+            raise IncompleteStoreError(msg)
+    return parts
+
+
 def read_manifest(path: Path, partition: str | None = None) -> pd.DataFrame:
     """Read the manifest, or one part of it, sorted by series; checks nothing."""
     parts = manifest_partitions(path) if partition is None else [partition]

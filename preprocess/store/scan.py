@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from preprocess.store.read import manifest_partitions
+from preprocess.store.read import complete_partitions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ def scan_manifest(
     Parameters
     ----------
     store_path
-        A slice store. Nothing is checked: `SliceStore.open` of the same part does that.
+        A slice store. Its parts must be there; what is in one is checked by `SliceStore.open` of that part.
     columns
         Names among those of `preprocess.store.schema.MANIFEST_SCHEMA`.
     contrast
@@ -36,7 +36,7 @@ def scan_manifest(
         The columns asked for; parts without such a series are left out.
     """
     wanted = list(dict.fromkeys([*columns, *(["contrast"] if contrast else [])]))
-    for partition in manifest_partitions(store_path):
+    for partition in complete_partitions(store_path):
         table = pq.read_table(store_path / "manifest" / f"{partition}.parquet", columns=wanted)
         if contrast:
             table = table.filter(pc.field("contrast") == contrast)
