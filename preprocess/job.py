@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 import tempfile
+import threading
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+from ray.exceptions import LocalRayletDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 from tqdm import tqdm
 
 from preprocess.mapper import TaskFailure
@@ -29,6 +31,14 @@ MAX_RETRIES = 1
 
 SOCKET_PATH_LIMIT = 60
 """Longest temporary folder under which Ray's socket paths stay below the 107 bytes that Linux allows."""
+
+NODE_LOST_STATUS = 75
+"""Exit status when this machine's Ray node died: a temporary failure, the same command goes on."""
+
+NODE_LOST = "\nerror: the Ray node of this machine has died; run the same command again, it goes on\n"
+
+NODE_CHECK_S = 5.0
+"""Seconds between two looks at this machine's Ray node."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -55,10 +65,29 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
         options |= {"address": "local", "include_dashboard": False}
         options |= {"num_cpus": num_cpus, "_temp_dir": _short_temporary_folder()}
     ray.init(**options)
+    ended = threading.Event()
+    threading.Thread(
+        target=_leave_with_node, args=(ray.get_runtime_context().get_node_id(), ended), daemon=True
+    ).start()
     try:
         yield
+    except LocalRayletDiedError:
+        sys.stderr.write(NODE_LOST)
+        raise SystemExit(NODE_LOST_STATUS) from None
     finally:
+        ended.set()
         ray.shutdown()
+
+
+def _leave_with_node(node_id: str, ended: threading.Event) -> None:
+    """End this process when its Ray node dies: Ray Tune would wait for ever on a cluster that cannot answer."""
+    while not ended.wait(NODE_CHECK_S):
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        if any(node["NodeID"] == node_id and not node["Alive"] for node in nodes) and not ended.is_set():
+            sys.stderr.write(NODE_LOST)
+            sys.stderr.flush()
+            sys.stdout.flush()
+            os._exit(NODE_LOST_STATUS)
 
 
 def _short_temporary_folder() -> str | None:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 from river import ROOT, expect, prepare_cohort, run, start, study_arguments, tables
 
+from preprocess.job import NODE_LOST_STATUS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -124,10 +126,29 @@ def test_kill_at_a_random_moment(undisturbed, tmp_path, moment):
     below = descendants(process.pid)
     if moment % 2 == 0:
         process.kill()
-        wait_until_gone(below)
     else:
         workers = [pid for pid, command in below.items() if command.startswith("ray::")]
         for pid in chance.sample(sorted(workers), min(1, len(workers))):
             os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=400)
+    wait_until_gone(below)
+    finish_and_compare(root, tmp_path / "runs", runs)
+
+
+@pytest.mark.slow
+def test_a_lost_node_ends_the_driver_with_what_to_do(undisturbed, tmp_path):
+    """Ray's agents take the whole node with them; Tune alone would wait for ever."""
+    root, _ = undisturbed
+    runs = fresh_runs(root, tmp_path / "runs")
+    process = start(root, "lbp_ray.tune", *STUDY, runs)
+    end = time.monotonic() + 300
+    while not list((tmp_path / "runs").rglob("in_progress/*.pt")) and time.monotonic() < end:
+        time.sleep(0.1)  # until a trial is under way
+    below = descendants(process.pid)
+    agents = [pid for pid, command in below.items() if command == "ray::RuntimeEnvAgent"]
+    os.kill(agents[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    wait_until_gone(below)
+    assert process.returncode == NODE_LOST_STATUS
+    assert "the Ray node of this machine has died; run the same command again" in output
     finish_and_compare(root, tmp_path / "runs", runs)

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from base64 import b32encode
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
@@ -470,9 +471,13 @@ def test_no_canary_is_in_rays_logs_task_names_or_output(run, tmp_path, watched_c
     )
     assert codes(tmp_path / "x.zarr") == Counter(run.tree.expected.values())
     here = ray.get_runtime_context().gcs_address  # else a second cluster on this machine would confuse it
-    tasks = list_tasks(here, limit=10_000, detail=True, raise_on_missing_output=False)
-    names = {task.name for task in tasks}
-    assert {name.partition("-")[0] for name in names} == {"index", "convert"}
+    kinds: set[str] = set()
+    end = time.monotonic() + 60
+    while kinds != {"index", "convert"} and time.monotonic() < end:  # workers tell their tasks about once a second
+        tasks = list_tasks(here, limit=10_000, detail=True, raise_on_missing_output=False)
+        kinds = {task.name.partition("-")[0] for task in tasks}
+        time.sleep(0.5)
+    assert kinds == {"index", "convert"}
     said = capfd.readouterr()
     contents = everything_in(watched_cluster) | {"tasks": [repr(tasks).encode()]}
     contents |= {"printed": [said.out.encode(), said.err.encode()]}
