@@ -1,78 +1,142 @@
-"""CVAT 1.1 XML: five rectangles per annotated mid-sagittal slice → one centroid."""
+"""Linked annotations: the shapes of one slice → its lumbar mask and where that is centred.
+
+A slice is annotated by five shapes, one per disc, each from mid-body to mid-body, or by the whole lumbar region. What
+is drawn may be boxes, polygons or masks; anything else is a fault of that slice, named by code.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
-import xml.etree.ElementTree as ET
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
+from preprocess.cvat.document import CvatError
+from preprocess.cvat.read import read_cvat
+from preprocess.cvat.shapes import LEVELS, REGION, CvatImage, Shape, rasterise
+
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
-LEVELS = ("L1L2", "L2L3", "L3L4", "L4L5", "L5S1")
-"""Labels of the five rectangles, one per disc, each from mid-body to mid-body."""
+__all__ = [
+    "LEVELS",
+    "REGION",
+    "AnnotatedSlice",
+    "AnnotationError",
+    "CentreRule",
+    "annotations_sha256",
+    "faults_by_image",
+    "mask_centroid",
+    "read_annotations",
+]
 
-_NAME = re.compile(r"(?P<study>[a-z2-7]+)/(?P<series>[a-z2-7]+)/(?P<slice>\d+)\.\w+$")
+CentreRule: TypeAlias = Literal["union", "mean_of_five"]
+"""Centroid of all pixels together, where overlaps count once; or the mean of the centroids of the five levels."""
+
+_NAME = re.compile(r"(?:.*/)?(?P<study>[a-z2-7]+)/(?P<series>[a-z2-7]+)/(?P<slice>[0-9]{1,6})\.\w+")
 
 
 class AnnotationError(ValueError):
-    """An annotation file that cannot be read."""
-
-
-class Rectangle(NamedTuple):
-    """An axis-aligned rectangle in continuous pixel coordinates (0 is the outer edge of the first pixel)."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
+    """Annotations that cannot be read, or not be used as asked."""
 
 
 @dataclass(frozen=True)
 class AnnotatedSlice:
-    """The rectangles of one slice, or what is wrong with them."""
+    """The shapes of one slice, or what is wrong with them."""
 
     study_id: str
     series_id: str
     slice_index: int
-    rectangles: tuple[Rectangle, ...]
+    shapes: tuple[Shape, ...]
+    """The five levels in the order of `LEVELS`, or shapes of the whole region; none in a faulty slice."""
+    rows: int
+    """Of the image, as are the columns; 0 where the file does not say."""
+    columns: int
     fault: str = ""
-    """Empty, or why the slice cannot be used."""
+    """Empty, or why the slice cannot be used: codes joined by ``+``."""
+
+    @property
+    def name(self) -> str:
+        """``<study>/<series>/<slice>``."""
+        return f"{self.study_id}/{self.series_id}/{self.slice_index}"
+
+    def mask(self) -> np.ndarray:
+        """Return the union of all shapes, (rows, columns) bool: a pixel belongs when its centre does.
+
+        Raises
+        ------
+        AnnotationError
+            If the slice is faulty.
+        """
+        if self.fault:
+            msg = f"annotated slice {self.name} cannot be used: {self.fault}; correct it in CVAT and link it again"
+            raise AnnotationError(msg)
+        pixels = np.zeros((self.rows, self.columns), dtype=bool)
+        for shape in self.shapes:
+            pixels |= rasterise(shape, pixels.shape)
+        return pixels
+
+    def centre(self, rule: CentreRule = "union") -> tuple[float, float]:
+        """Return the centre (row, column) in continuous pixel coordinates.
+
+        Parameters
+        ----------
+        rule
+            See `CentreRule`.
+
+        Raises
+        ------
+        AnnotationError
+            If the slice is faulty, or has no five levels to take the mean of.
+        """
+        if rule == "union" or self.fault:
+            return mask_centroid(self.mask())
+        if tuple(shape.label for shape in self.shapes) != LEVELS:
+            msg = (
+                f"annotated slice {self.name} has no five levels, which 'mean_of_five' needs; found "
+                f"{len(self.shapes)} shape(s) {REGION!r}: use the rule 'union'"
+            )
+            raise AnnotationError(msg)
+        centres = [mask_centroid(rasterise(shape, (self.rows, self.columns))) for shape in self.shapes]
+        row, column = np.mean(centres, axis=0)
+        return float(row), float(column)
 
 
 def read_annotations(path: Path) -> list[AnnotatedSlice]:
-    """Read a linked CVAT 1.1 file ("for images").
+    """Read linked annotations, or what CVAT gave back after correcting them.
 
     Parameters
     ----------
     path
-        Image names are ``<study>/<series>/<slice>.png``, as ``python -m preprocess link`` writes them.
+        CVAT XML, archive or task backup. Image names end in ``<study>/<series>/<slice>.png``, as ``python -m
+        preprocess link`` writes them and ``python -m preprocess export`` names its pictures.
 
     Returns
     -------
     list of AnnotatedSlice
-        In file order; faulty ones carry their fault and no rectangle.
+        In file order; faulty ones carry their fault and no shape.
 
     Raises
     ------
     AnnotationError
-        If the file is absent, not CVAT XML or not linked.
+        If the file is absent, no CVAT export or not linked.
     """
     annotations_sha256(path)  # an absent file is refused in one place
     try:
-        root = ET.parse(path).getroot()
-    except ET.ParseError as error:
-        msg = f"{path} is not XML: {error}"
-        raise AnnotationError(msg) from error
-    if root.tag != "annotations":
-        msg = f"{path}: the root must be <annotations>, found <{root.tag}>; export 'CVAT for images 1.1'"
-        raise AnnotationError(msg)
-    return [_slice(image, path) for image in root.iter("image")]
+        found = [_slice(image, number, path) for number, image in enumerate(read_cvat(path))]
+    except CvatError as error:
+        raise AnnotationError(str(error)) from error
+    first = {annotated.name: number for number, annotated in reversed(list(enumerate(found)))}
+    return [
+        annotated
+        if first[annotated.name] == number
+        else replace(annotated, shapes=(), fault=_joined(annotated.fault, "repeated_image"))
+        for number, annotated in enumerate(found)
+    ]
 
 
 def annotations_sha256(path: Path) -> str:
@@ -89,50 +153,48 @@ def annotations_sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _slice(image: ET.Element, path: Path) -> AnnotatedSlice:
-    match = _NAME.fullmatch(image.get("name", ""))
+def faults_by_image(slices: Iterable[AnnotatedSlice]) -> dict[str, str]:
+    """List the faulty slices, ``<study>/<series>/<slice>`` → codes joined by ``+``, in file order."""
+    faults: dict[str, str] = {}
+    for annotated in slices:
+        if annotated.fault:
+            faults[annotated.name] = _joined(faults.get(annotated.name, ""), annotated.fault)
+    return faults
+
+
+def _joined(*faults: str) -> str:
+    return "+".join(filter(None, faults))
+
+
+def _slice(image: CvatImage, number: int, path: Path) -> AnnotatedSlice:
+    match = _NAME.fullmatch(image.name)
     if match is None:
         msg = (
-            f"{path}: image {image.get('id', '?')} is not named <study>/<series>/<slice>.png by pseudonyms; "
+            f"{path}: image {number} is not named <study>/<series>/<slice>.png by pseudonyms; "
             "run `python -m preprocess link` on the export"
         )
         raise AnnotationError(msg)
-    boxes = {box.get("label", ""): box for box in image.iter("box")}
-    counts = Counter(box.get("label", "") for box in image.iter("box"))
-    faults = [f"missing_{level}" for level in LEVELS if not counts[level]]
-    faults += [f"repeated_{level}" for level in LEVELS if counts[level] > 1]
-    faults += ["unknown_label" for label in counts if label not in LEVELS][:1]
-    rectangles = tuple(_rectangle(boxes[level]) for level in LEVELS) if not faults else ()
-    if any(box.right <= box.left or box.bottom <= box.top for box in rectangles):
-        faults, rectangles = ["empty_rectangle"], ()
     place = (match["study"], match["series"], int(match["slice"]))
-    return AnnotatedSlice(*place, rectangles, fault="+".join(faults))
+    fault = _fault(image)
+    shapes = () if fault else tuple(sorted(image.shapes, key=lambda shape: (*LEVELS, REGION).index(shape.label)))
+    return AnnotatedSlice(*place, shapes, image.height, image.width, fault)
 
 
-def _rectangle(box: ET.Element) -> Rectangle:
-    return Rectangle(*(float(box.get(edge, "nan")) for edge in ("xtl", "ytl", "xbr", "ybr")))
-
-
-def union_mask(rectangles: tuple[Rectangle, ...], shape: tuple[int, int]) -> np.ndarray:
-    """Rasterise the union of rectangles: a pixel belongs when its centre does.
-
-    Parameters
-    ----------
-    rectangles
-        In continuous pixel coordinates.
-    shape
-        Rows and columns of the image.
-
-    Returns
-    -------
-    numpy.ndarray
-        (rows, columns) bool.
-    """
-    rows, columns = np.arange(shape[0])[:, None] + 0.5, np.arange(shape[1])[None, :] + 0.5
-    mask = np.zeros(shape, dtype=bool)
-    for box in rectangles:
-        mask |= (rows >= box.top) & (rows < box.bottom) & (columns >= box.left) & (columns < box.right)
-    return mask
+def _fault(image: CvatImage) -> str:
+    """Say what is wrong with the shapes of an image, or nothing."""
+    size = (image.height, image.width)
+    counts = Counter(shape.label for shape in image.shapes)
+    faults = [image.fault] if image.fault else []
+    faults += [] if all(size) else ["bad_size"]
+    if not counts[REGION]:
+        faults += [f"missing_{level}" for level in LEVELS if not counts[level]]
+    elif any(counts[level] for level in LEVELS):
+        faults.append("levels_and_lumbar")
+    faults += [f"repeated_{level}" for level in LEVELS if counts[level] > 1]
+    faults += ["unknown_label"] if set(counts) - {*LEVELS, REGION} else []
+    if not faults and not all(rasterise(shape, size).any() for shape in image.shapes):
+        faults = ["empty_shape"]
+    return "+".join(faults)
 
 
 def mask_centroid(mask: np.ndarray) -> tuple[float, float]:
@@ -145,6 +207,6 @@ def mask_centroid(mask: np.ndarray) -> tuple[float, float]:
     """
     rows, columns = np.nonzero(mask)
     if not len(rows):
-        msg = "the union of the rectangles covers no pixel of the image; check that they belong to this image"
+        msg = "the mask holds no pixel of the image, so that it has no centre; check that it belongs to this image"
         raise AnnotationError(msg)
     return float(rows.mean() + 0.5), float(columns.mean() + 0.5)

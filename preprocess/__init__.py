@@ -17,7 +17,8 @@ The rooms, in the order the data meets them:
 - ``pipeline``: the order of all this, on whatever runs the tasks.
 - ``mapper``: where many calls of one function run.
 - ``job``: runs the tasks on Ray: named, bounded, retried.
-- ``link/``: labels, gradings and annotation names to the store's pseudonyms.
+- ``cvat/``: annotations as CVAT writes them: boxes, polygons and masks, in and out.
+- ``link/``: labels, gradings, annotations and mask files to the store's pseudonyms.
 - ``exam``: one exam in this process, by the same code path.
 - ``commit``: atomic files and directories, content hashes and the fail-points that tests kill at.
 

@@ -52,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     link.add_argument("store", type=Path)
     link.add_argument("--out", type=Path, required=True)
     link.add_argument("--csv", type=Path, action="append", default=[])
-    link.add_argument("--cvat", type=Path, action="append", default=[])
+    link.add_argument("--cvat", type=Path, action="append", default=[], help="XML, archive or backup from CVAT")
+    link.add_argument("--masks", type=Path, action="append", default=[], help="folder of PNG or NIfTI masks")
     link.add_argument("--keep-text", action="append", default=[], metavar="COLUMN", help="let a text column pass")
     link.add_argument("--allow-unlinked", action="store_true", help="write what links, though some rows do not")
     link.set_defaults(run=_link)
@@ -173,9 +174,9 @@ def _link(options: argparse.Namespace) -> int:
     from preprocess.job import require_absolute
     from preprocess.link.link import LinkJob, link_files
 
-    require_absolute([options.store, options.out, *options.csv, *options.cvat])
+    require_absolute([options.store, options.out, *options.csv, *options.cvat, *options.masks])
     keep_text = frozenset(options.keep_text)
-    files = (tuple(options.csv), tuple(options.cvat))
+    files = (tuple(options.csv), tuple(options.cvat), tuple(options.masks))
     report = link_files(LinkJob(options.store, options.out, *files, keep_text, options.allow_unlinked))
     print(report.to_text())
     return 0

@@ -7,6 +7,7 @@ rows of a file, P pairs of row and candidate.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from preprocess.link.uid_index import UidIndex, in_batches
+from preprocess.link.uid_index import SLICES, UidIndex, in_batches
 from preprocess.store.read import SliceStore, complete_partitions
 from preprocess.store.schema import MANIFEST_SCHEMA
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 REASONS = {
     "linked": "written under pseudonyms",
-    "linked_partly": "written, but only its boxes: other shapes (polygon, mask, points, tag, ...) are left behind",
+    "linked_partly": "written, but only its boxes, polygons and masks: other shapes (points, tag, ...) are left behind",
     "unmatched": "no exam of the index has this patient or accession number",
     "no_key": "neither accession number nor patient id in the row",
     "multi_exam": "the patient has several exams and the row no accession number (or exams share the number)",
@@ -35,10 +36,18 @@ REASONS = {
     "not_stored": "the exam was seen, but none of its series is in the store; the report says why",
     "slice_unmatched": "the slice is none of a series in the store, or of another exam than the row (a frame of a "
     "multi-frame object is <SOPInstanceUID>#<frame number>)",
-    "slice_ambiguous": "several stored slices have this object id: add AccessionNumber or PatientID",
+    "series_unmatched": "the series is none in the store, or is no longer in the private index: name the file by the "
+    "series_id that `export` gives",
+    "slice_ambiguous": "several stored slices (or series) have this id: add AccessionNumber or PatientID, or name the "
+    "file by pseudonyms",
     "duplicate": "the same key occurs earlier in this file",
     "bad_size": "the annotated image size is not the size of the stored slice",
-    "bad_coordinates": "a coordinate is missing or no number",
+    "bad_coordinates": "a coordinate is missing or no number, or a mask does not fit its rectangle or image",
+    "bad_mask": "no mask: neither PNG (grey or palette) nor NIfTI, or damaged, or with values other than 1 to 5 or one "
+    "single",
+    "bad_grid": "the NIfTI mask does not lie on the grid of the stored series (size, spacing, directions or origin), "
+    "and nothing is resampled",
+    "empty_mask": "the mask marks no pixel",
 }
 """Reason code of a row → what it means."""
 
@@ -47,9 +56,30 @@ CODES = {reason: number for number, reason in enumerate(REASONS)}
 
 KEYS = pa.schema([(name, pa.string()) for name in ("accession", "patient", "issuer", "sop_uid", "reader")])
 """What identifies a row, empty where it says nothing: the first three normalised, the object id without spaces; several
-readers may each have a row."""
+readers may each have a row. Instead of an object id, ``<study_id>/<series_id>/<slice_index>`` names a slice by
+pseudonyms, `series_key` a whole series."""
 
-_SERIES = ("patient_id", "study_id", "series_id", "rows", "columns", "transpose", "flip_rows", "flip_columns")
+WHOLE_SERIES = -1
+"""Slice index of what names a series."""
+
+_SERIES = (
+    "patient_id", "study_id", "series_id", "rows", "columns", "transpose", "flip_rows", "flip_columns", "num_slices",
+    "affine", "missing_mm",
+)  # fmt: skip
+_PSEUDONYM = "[a-z2-7]{26}"
+_SLICE_NAME = re.compile(rf"(?:.*/)?({_PSEUDONYM})/({_PSEUDONYM})/0*([0-9]{{1,6}})")
+_SERIES_NAME = re.compile(_PSEUDONYM)
+
+
+def slice_key(name: str) -> str:
+    """Return what a picture is looked up by, given its name without suffix: three pseudonyms, else an object id."""
+    found = _SLICE_NAME.fullmatch(name)
+    return "/".join(found.groups()) if found else name.rpartition("/")[2]
+
+
+def series_key(name: str) -> str:
+    """Return what a volume is looked up by, given its pseudonym or its Series Instance UID."""
+    return f"/{name}" if _SERIES_NAME.fullmatch(name) else f"//{name}"
 
 
 @dataclass(frozen=True)
@@ -75,11 +105,15 @@ class Book:
         row in `series`.
     series
         Facts of the manifest about the series of these slices.
+    origins
+        Pseudonyms of the series asked for by their Series Instance UID → position in patient LPS, mm, of the first
+        pixel of the file of the first slice: the store itself keeps no absolute position.
     """
 
     exams: Any
     slices: Any
     series: Any
+    origins: dict[str, tuple[float, ...]]
 
     @classmethod
     def open(cls, store: Path, private: Path, keys: Sequence[Any]) -> Book:
@@ -100,15 +134,22 @@ class Book:
         index = UidIndex(private)
         asked = pa.concat_tables([KEYS.empty_table(), *keys])
         exams = index.exams_of(asked["patient"], asked["accession"])
-        slices = index.slices_of(asked["sop_uid"])
+        names = pc.unique(asked["sop_uid"].filter(pc.match_substring(asked["sop_uid"], "/"))).to_pylist()
+        by_uid, origins = _of_series(index, [name for name in names if name.startswith("//")])
+        slices = pa.concat_tables([index.slices_of(asked["sop_uid"]), by_uid])
+        ours = [tuple(name.split("/")) for name in names if not name.startswith("//")]
+        series_ids = pa.concat_arrays(
+            [slices["series_id"].combine_chunks(), pa.array([n[1] for n in ours], pa.string())]
+        )
         study_ids = pa.concat_arrays([pc.unique(table["study_id"]) for table in (exams, slices)])
-        studies, series = _stored(store, study_ids, slices["series_id"])
+        studies, series = _stored(store, study_ids, series_ids)
         at = pc.index_in(exams["study_id"], value_set=studies["study_id"])
         same = pc.equal(studies["patient_id"].take(at), exams["patient_id"])
         exams = exams.append_column("stored", pc.is_valid(at)).append_column("same_patient", pc.fill_null(same, False))
+        slices = pa.concat_tables([slices, _by_pseudonym(ours, series)])
         slices = slices.append_column("series", pc.index_in(slices["series_id"], value_set=series["series_id"]))
         slices = slices.filter(pc.is_valid(slices["series"])).drop_columns("series_id")
-        return cls(exams.combine_chunks(), slices.combine_chunks(), series)
+        return cls(exams.combine_chunks(), slices.combine_chunks(), series, origins)
 
     def places(self, matches: np.ndarray, *, by_slice: bool) -> Any:  # noqa: ANN401  (Arrow table)
         """Pseudonyms and geometry of matched exams or slices, in the order given; nulls for -1."""
@@ -117,6 +158,39 @@ class Book:
             return self.exams.select(["patient_id", "study_id"]).take(rows)
         slices = self.slices.select(["slice_index", "series"]).take(rows)
         return self.series.take(slices["series"]).append_column("slice_index", slices["slice_index"])
+
+
+def _of_series(index: UidIndex, names: Sequence[str]) -> tuple[Any, dict[str, tuple[float, ...]]]:
+    """Find whole series by ``//<Series Instance UID>``: rows as of slices, and where each begins."""
+    objects = index.objects_of_series([name.removeprefix("//") for name in names])
+    places: dict[tuple[str, str, str], None] = {}
+    origins: dict[str, tuple[float, ...]] = {}
+    uids = dict(zip(objects["sop_uid"].to_pylist(), objects["series_uid"].to_pylist(), strict=True))
+    positions = dict(zip(objects["sop_uid"].to_pylist(), objects["position_mm"].to_pylist(), strict=True))
+    for row in index.slices_of(objects["sop_uid"]).to_pylist():
+        places[row["study_id"], row["series_id"], f"//{uids[row['sop_uid']]}"] = None
+        if row["slice_index"] == 0:
+            origins[row["series_id"]] = tuple(positions[row["sop_uid"]])
+    return _slice_rows([(study, series, WHOLE_SERIES, name) for study, series, name in places]), origins
+
+
+def _by_pseudonym(names: Sequence[tuple[str, ...]], series: Any) -> Any:  # noqa: ANN401  (Arrow tables)
+    """Rows as of slices for what the store holds of ``/<series>`` and ``<study>/<series>/<slice>``."""
+    columns = (series[name].to_pylist() for name in ("series_id", "study_id", "num_slices"))
+    known = {series_id: (study_id, count) for series_id, study_id, count in zip(*columns, strict=True)}
+    rows = []
+    for study_id, series_id, *index in names:
+        stored_study, count = known.get(series_id, ("", 0))
+        if not index and count:
+            rows.append((stored_study, series_id, WHOLE_SERIES, f"/{series_id}"))
+        elif index and stored_study == study_id and int(index[0]) < count:
+            rows.append((study_id, series_id, int(index[0]), f"{study_id}/{series_id}/{index[0]}"))
+    return _slice_rows(rows)
+
+
+def _slice_rows(rows: Sequence[tuple[str, str, int, str]]) -> Any:  # noqa: ANN401  (Arrow table)
+    columns = list(zip(*rows, strict=True)) or [()] * len(SLICES.names)
+    return pa.table([pa.array(column, kind.type) for column, kind in zip(columns, SLICES, strict=True)], SLICES)
 
 
 def _stored(store: Path, study_ids: Any, series_ids: Any) -> tuple[Any, Any]:  # noqa: ANN401  (Arrow arrays)
@@ -159,7 +233,12 @@ def resolve(keys: Any, book: Book, *, by_slice: bool) -> Resolution:  # noqa: AN
         codes_R, matches_R = _resolve_slices(keys, book, codes_R, exams_R)
     linked_R = codes_R == CODES["linked"]
     readers_R = keys["reader"].to_pandas()
-    repeated = pd.DataFrame({"match": matches_R, "reader": readers_R})[linked_R].duplicated().to_numpy()
+    found = pa.array(matches_R[linked_R])
+    if by_slice:  # one slice may go by its object id and by pseudonyms
+        facts = {name: _to_numpy(book.slices[name].take(found)) for name in ("series", "slice_index")}
+    else:
+        facts = {"exam": matches_R[linked_R]}
+    repeated = pd.DataFrame(facts | {"reader": readers_R[linked_R].to_numpy()}).duplicated().to_numpy()
     codes_R[np.flatnonzero(linked_R)[repeated]] = CODES["duplicate"]
     return Resolution(codes_R, matches_R)
 

@@ -34,8 +34,18 @@ _EXAMS = pa.schema(
     [(name, pa.string()) for name in ("patient_id", "study_id", *_KEYED, "study_uid")]
     + [(f"{name}_key", pa.string()) for name in _KEYED]
 )
-_SLICES = pa.schema(
+SLICES = pa.schema(
     [("study_id", pa.string()), ("series_id", pa.string()), ("slice_index", pa.int32()), ("sop_uid", pa.string())]
+)
+"""Columns of the slices."""
+
+_OBJECTS = pa.schema(
+    [
+        ("series_uid", pa.string()),
+        ("sop_uid", pa.string()),
+        ("frame", pa.int64()),
+        ("position_mm", pa.list_(pa.float64())),
+    ]
 )
 
 EXAM_COLUMNS = ("patient_id", "study_id", "issuer_key", "patient_key", "accession_key")
@@ -110,8 +120,8 @@ def write_index_part(private: Path, part: str, exams: Sequence[ExamEntry], slice
     commit_point("uid-index:between")
     merged = [*_rows(private, "slices", part), *map(vars, slices)]
     slices_by_id = {(row["study_id"], row["sop_uid"]): row for row in merged}
-    ordered = sorted(slices_by_id.values(), key=lambda row: tuple(row[name] for name in _SLICES.names))
-    _write(_part_path(private, "slices", part), ordered, _SLICES)
+    ordered = sorted(slices_by_id.values(), key=lambda row: tuple(row[name] for name in SLICES.names))
+    _write(_part_path(private, "slices", part), ordered, SLICES)
     commit_point("uid-index:after")
 
 
@@ -189,7 +199,33 @@ class UidIndex:
             ``study_id``, ``series_id``, ``slice_index``, ``sop_uid``, one row per slice, sorted in this order. An
             object id that two studies share has several rows.
         """
-        return self._matches("slices", _SLICES, {"sop_uid": _distinct(sop_uids)})
+        return self._matches("slices", SLICES, {"sop_uid": _distinct(sop_uids)})
+
+    def objects_of_series(self, series_uids: Sequence[str]) -> Any:  # noqa: ANN401  (Arrow table)
+        """Find the images of series in the headers of the tree that was converted last.
+
+        Parameters
+        ----------
+        series_uids
+            Series Instance UIDs.
+
+        Returns
+        -------
+        pyarrow.Table
+            ``series_uid``, ``sop_uid`` as in `SliceEntry`, ``position_mm`` (x, y, z in patient LPS).
+        """
+        wanted = _distinct(list(series_uids))
+        found = [_OBJECTS.empty_table()]
+        paths = sorted((self.private / "index").glob("*/[!.]*.parquet")) if len(wanted) else []
+        for path in tqdm(paths, desc="headers", unit="batch", disable=None, delay=1):
+            table = pq.ParquetFile(path).read(columns=_OBJECTS.names, use_threads=False)
+            found.append(table.filter(pc.is_in(table["series_uid"], value_set=wanted)).select(_OBJECTS.names))
+        objects = pa.concat_tables(found)
+        numbered = pc.binary_join_element_wise(
+            objects["sop_uid"], pc.cast(pc.add(objects["frame"], 1), pa.string()), "#"
+        )
+        names = pc.coalesce(numbered, objects["sop_uid"])
+        return objects.drop_columns("frame").set_column(1, "sop_uid", names)
 
     def locate(self, sop_uids: Sequence[str]) -> list[tuple[str, int]]:
         """Find slices of the store.
