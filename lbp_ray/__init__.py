@@ -8,10 +8,17 @@ The rooms, in the order the data meets them:
 - ``runs``: every path a run reads or writes.
 - ``cohort``: questionnaire to groups and labels.
 - ``splits``: sealed hold-out and stratified group folds; saved, hashed, refused if leaky.
-- ``annotations``: CVAT rectangles per annotated slice.
+- ``annotations``: the lumbar region of annotated slices, as shapes, masks and centres.
 - ``contact_sheet``: a picture of what was cropped.
-- ``roi``: rectangles to centroid to fixed crops, written as a crops artefact.
+- ``box``: one box per study: size, place, neighbours, resampling, and the way back to the DICOM pixel grid.
+- ``overrides``: what a person decides about crops, exam by exam.
+- ``centres``: where each box is centred: an annotation, a predicted mask, or a person's word.
+- ``provenance``: which regions a study may crop by, and what the report must say of them.
+- ``roi``: centres to fixed crops, written as a crops artefact with its review list.
+- ``regions``: lumbar masks of every exam, as the region finder committed them.
+- ``segment``: the region finder: annotated slices to out-of-fold masks; ``python -m lbp_ray.segment`` runs it.
 - ``export``: crops as NIfTI and PNG, in the coordinates of their series.
+- ``seal``: draws and commits a study's split before anything is trained; ``python -m lbp_ray.seal``.
 - ``prepare``: everything that all trials of a study share, validated before any training.
 - ``nets``: plain modules and where their weights come from.
 - ``features``: frozen-backbone features of every slice, computed once, shared by every trial.
@@ -19,11 +26,13 @@ The rooms, in the order the data meets them:
 - ``training``: the training loop of one trial.
 - ``trial``: one fold x seed x slice count; no ray; resumable.
 - ``tune``: plans the trials and runs them on Ray Tune; ``python -m lbp_ray.tune`` runs the study.
+- ``native``: which arithmetic a device computes natively.
 - ``distributed``: work spread over Ray tasks.
 - ``metrics``: the eight metrics, thresholds, study rules and intervals.
 - ``result``: the one object that every table, figure and sentence comes from.
 - ``out_of_fold``: trial outputs to one complete table; refuses gaps, duplicates and mixtures.
 - ``permutation``: the frozen stage against labels shuffled among patients.
+- ``association``: crop sources against labels shuffled among patients.
 - ``aggregate``: the table to the one result object.
 - ``report``: tables, figures and a self-contained HTML page from the result alone.
 - ``predict``: one exam, DICOM to probability and evidence.

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from lbp_ray.association import describe_provenance
 from lbp_ray.metrics import (
     all_metrics,
     confusion,
@@ -24,6 +25,7 @@ from lbp_ray.result import (
     METRIC_NAMES,
     BayesReference,
     Confusion,
+    CropProvenance,
     Curve,
     Interval,
     LearningCurve,
@@ -68,16 +70,17 @@ def aggregate(
     lbp_ray.out_of_fold.IncompleteStudyError
         If trials are missing, invalid or from different environments.
     """
-    table = collect(specs, folders, prepared.split)
+    table = collect(specs, folders, prepared.analysed)
     environment = check_environments(folders, allow_mixed=config.evaluation.allow_mixed_environments)
-    final = prepared.paths.result(_address(config, prepared, specs, environment))
+    provenance = describe_provenance(prepared, seed=config.evaluation.seed)
+    final = prepared.paths.result(_address(config, prepared, provenance, specs, environment))
     if final.is_dir():
         return final
     per_count = tuple(
         _slice_count_result(config, table[table["num_slices"] == count], _history(specs, folders, count), data)
         for count in config.slice_counts
     )
-    result = _study_result(config, prepared, per_count, environment=environment, recipe=recipe_id(specs[0]))
+    result = _study_result(config, prepared, provenance, per_count, environment=environment, recipe=recipe_id(specs[0]))
     with committed_directory(final, point="result") as folder:
         table.to_parquet(folder / "out_of_fold.parquet", index=False)
         collect_holdout(specs, folders).to_parquet(folder / "holdout.parquet", index=False)
@@ -85,7 +88,13 @@ def aggregate(
     return final
 
 
-def _address(config: StudyConfig, prepared: Prepared, specs: Sequence[TrialSpec], environment: dict[str, str]) -> str:
+def _address(
+    config: StudyConfig,
+    prepared: Prepared,
+    provenance: CropProvenance,
+    specs: Sequence[TrialSpec],
+    environment: dict[str, str],
+) -> str:
     """Content id of everything that a result is made from."""
     truth = config.paths.truth
     return content_id(
@@ -98,6 +107,7 @@ def _address(config: StudyConfig, prepared: Prepared, specs: Sequence[TrialSpec]
             "store": prepared.store_hash,
             "funnel": [step.model_dump() for step in prepared.funnel],
             "groups": prepared.groups,
+            "crops": provenance.model_dump(mode="json"),
             "truth": hashlib.sha256(truth.read_bytes()).hexdigest() if truth else None,
         }
     )
@@ -106,13 +116,14 @@ def _address(config: StudyConfig, prepared: Prepared, specs: Sequence[TrialSpec]
 def _study_result(
     config: StudyConfig,
     prepared: Prepared,
+    provenance: CropProvenance,
     per_count: tuple[SliceCountResult, ...],
     *,
     environment: dict[str, str],
     recipe: str,
 ) -> StudyResult:
-    split = prepared.split.table
-    inside = split[split["fold"] != HOLDOUT]
+    split, analysed = prepared.split.table, prepared.analysed.table
+    inside = analysed[analysed["fold"] != HOLDOUT]
     return StudyResult(
         name=config.name,
         statements=(*config.statements, *prepared.statements),
@@ -123,6 +134,7 @@ def _study_result(
             "split": prepared.split.split_hash,
             "weights": prepared.weights_hash,
             "recipe": recipe,
+            **({} if prepared.regions is None else {"regions": prepared.regions.meta.regions_hash}),
         },
         environment=environment,
         funnel=prepared.funnel,
@@ -130,13 +142,14 @@ def _study_result(
         num_patients=inside["patient_id"].nunique(),
         num_studies=len(inside),
         num_positive=int(inside["label"].sum()),
-        num_holdout_studies=len(split) - len(inside),
+        num_holdout_studies=int((split["fold"] == HOLDOUT).sum()),
         holdout_commitment=prepared.split.holdout_commitment,
         num_folds=config.split.folds,
         seeds=config.seeds,
         slice_counts=per_count,
         bayes=_bayes_reference(config.paths.truth, inside),
         acquisition=prepared.acquisition,
+        crops=provenance,
     )
 
 

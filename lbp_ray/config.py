@@ -8,13 +8,11 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
@@ -28,6 +26,19 @@ class FrozenModel(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+
+def _require_absolute(value: Path) -> Path:
+    if not value.is_absolute():
+        msg = (
+            f"must be an absolute path on storage that every node sees, found {str(value)!r}; "
+            "a relative one would land in a throwaway copy of the working directory"
+        )
+        raise ValueError(msg)
+    return value
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_require_absolute)]
+"""A path that means the same on every node and inside a Ray job."""
 
 Model = TypeVar("Model", bound=BaseModel)
 

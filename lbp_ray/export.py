@@ -59,9 +59,9 @@ def crop_stack(store: SliceStore, row: dict[str, Any], crop_KHW: np.ndarray) -> 
     store
         The store that it was cut from.
     row
-        Its row of the crops table: ``series_id``, ``slice_index``, ``box_row``, ``box_column``.
+        Its row of the crops table: ``series_id``, ``slice_index`` and the box.
     crop_KHW
-        Its pixels.
+        Its pixels, resampled or not.
     """
     record = store.record(row["series_id"])
     indices = np.asarray(row["slice_index"])
@@ -70,7 +70,12 @@ def crop_stack(store: SliceStore, row: dict[str, Any], crop_KHW: np.ndarray) -> 
     places = np.asarray(record.positions_mm) * steps / (record.positions_mm[-1] or 1)
     series_affine = np.reshape(record.affine, (4, 4))
     affine = series_affine.copy()
-    affine[:, 3] = series_affine @ [places[indices[0]], row["box_row"], row["box_column"], 1]
+    # Pixels of a resampled crop are larger or smaller than the series', and centred inside the same box.
+    row_step, column_step = row["box_height"] / crop_KHW.shape[1], row["box_width"] / crop_KHW.shape[2]
+    first = (row["box_row"] + (row_step - 1) / 2, row["box_column"] + (column_step - 1) / 2)
+    affine[:, 3] = series_affine @ [places[indices[0]], *first, 1]
+    affine[:, 1] *= row_step
+    affine[:, 2] *= column_step
     affine[:, 0] *= np.diff(places[indices]).mean() if len(indices) > 1 else 1
     slope, intercept = (_of_slices(values, indices) for values in (record.rescale_slope, record.rescale_intercept))
     is_uneven = bool(np.ptp(np.diff(places[indices])) > UNEVEN_SHARE) if len(indices) > 2 else False

@@ -16,11 +16,14 @@ import pandas as pd
 import torch
 from pydantic import Field
 
+from lbp_ray.box import Box, Excluded, choose_neighbours
+from lbp_ray.centres import Centre, Flagged
 from lbp_ray.config import FrozenModel
 from lbp_ray.contact_sheet import tile
 from lbp_ray.metrics import study_scores, youden_threshold
 from lbp_ray.nets.resnet import build_backbone, build_head, standardise
-from lbp_ray.roi import Box, Excluded, choose_neighbours, place_box
+from lbp_ray.regions import FLAGS, MODEL, RegionsMeta
+from lbp_ray.roi import CropRequest, place_crop
 from lbp_ray.splits import HOLDOUT
 from preprocess.commit import write_atomic
 from preprocess.exam import ConvertedExam, convert_exam
@@ -74,6 +77,16 @@ class Predictor(FrozenModel):
     """Lowest margin of the chosen slice over distant ones among them."""
     study_rule: Annotated[str, Field(pattern="^(max|mean)$")]
     by_slice_count: dict[int, SliceCountPredictor]
+    box_mm: tuple[float, float] | None = None
+    """Height and width of a physical box, resampled onto the pixels above; None: the box is those pixels."""
+    regions: Path | None = None
+    """Regions whose final network places the box; None takes the study's mean place."""
+
+    def request(self, num_slices: int) -> CropRequest:
+        """Return the crop that networks of one slice count were trained on."""
+        reach = num_slices // 2
+        offsets = tuple(step * self.slice_pitch_mm for step in range(-reach, reach + 1))
+        return CropRequest(self.box_height_px, self.box_width_px, offsets, self.tolerance_mm, self.box_mm)
 
     @classmethod
     def load(cls, result_folder: Path) -> Predictor:
@@ -136,6 +149,8 @@ def describe_predictor(
         lowest_mid_margin=float(middle["margin"].min()),
         study_rule=config.recipe.study_rule,
         by_slice_count=predictors,
+        box_mm=config.roi.size_mm,
+        regions=None if prepared.regions is None else prepared.regions.folder,
     )
 
 
@@ -166,7 +181,7 @@ class Prediction(FrozenModel):
     mid_margin: float
     box: Box
     crop_source: str
-    """``mean_box`` (the study's average place) or ``given``."""
+    """``mean_box`` (the study's average place), ``model`` (the study's segmenter) or ``given``."""
     num_models: int
     warnings: tuple[str, ...]
     """What makes this exam unlike the study's; look at the picture before anything else."""
@@ -189,7 +204,8 @@ def predict_exam(
     num_slices
         One of the study's slice counts.
     centroid
-        Row and column of the lumbar region's centre in canonical pixels; None takes the study's mean place.
+        Row and column of the lumbar region's centre in canonical pixels; None asks the study's segmenter, or takes the
+        mean place of a study without one.
 
     Returns
     -------
@@ -201,7 +217,7 @@ def predict_exam(
     Raises
     ------
     PredictError
-        If spacing, size or neighbours do not fit the study.
+        If spacing, size or neighbours do not fit the study, or the segmenter's mask is one that a person must see.
     """
     if num_slices not in predictor.by_slice_count:
         msg = f"the study has networks for {sorted(predictor.by_slice_count)} slices, {num_slices} was asked for"
@@ -210,11 +226,12 @@ def predict_exam(
     middle = find_midsagittal(exam.pixels_SHW, exam.spacing_mm, load_templates(predictor.templates))
     chosen = predictor.by_slice_count[num_slices]
     try:
-        box, indices = _place(predictor, exam, middle, num_slices, centroid)
+        centre = _centre(predictor, exam, middle.slice_index, centroid)
+        box, crops_KHW, indices = _cut(predictor.request(num_slices), exam, middle.slice_index, centre)
     except Excluded as verdict:
-        msg = f"the exam cannot be cropped ({verdict.reason}): {verdict}"
+        hint = "; look at the exam and give the centre of its lumbar region" if isinstance(verdict, Flagged) else ""
+        msg = f"the exam cannot be cropped ({verdict.reason}): {verdict}{hint}"
         raise PredictError(msg) from verdict
-    crops_KHW = box.cut(exam.pixels_SHW[indices])
     slice_scores_K = np.mean([_score(path, crops_KHW) for path in chosen.models], axis=0)
     probability = float(slice_scores_K.max() if predictor.study_rule == "max" else slice_scores_K.mean())
     positions = np.array(exam.record.positions_mm)
@@ -231,16 +248,18 @@ def predict_exam(
         mid_score=middle.score,
         mid_margin=middle.margin,
         box=box,
-        crop_source="mean_box" if centroid is None else "given",
+        crop_source=centre.source,
         num_models=len(chosen.models),
         warnings=_warnings(predictor, middle),
         statements=predictor.statements,
         files={str(code): int(count) for code, count in codes.items()},
     )
-    return prediction, _picture(exam.pixels_SHW[middle.slice_index], box, crops_KHW)
+    return prediction, _picture(exam.pixels_SHW[middle.slice_index], box, centre.mask_HW, crops_KHW)
 
 
 def _require_spacing(predictor: Predictor, exam: ConvertedExam) -> None:
+    if predictor.box_mm is not None:
+        return
     off = np.abs(np.divide(exam.spacing_mm, predictor.spacing_mm) - 1)
     if (off > SPACING_TOLERANCE).any():
         found, wanted = (
@@ -265,14 +284,11 @@ def _warnings(predictor: Predictor, middle: MidsagittalChoice) -> tuple[str, ...
     )
 
 
-def _place(
-    predictor: Predictor,
-    exam: ConvertedExam,
-    middle: MidsagittalChoice,
-    num_slices: int,
-    centroid: tuple[float, float] | None,
-) -> tuple[Box, np.ndarray]:
+def _centre(predictor: Predictor, exam: ConvertedExam, mid_index: int, centroid: tuple[float, float] | None) -> Centre:
     shape = (exam.pixels_SHW.shape[1], exam.pixels_SHW.shape[2])
+    if centroid is None and predictor.regions is not None:
+        return _segmented(predictor.regions, exam, mid_index)
+    source = "mean_box" if centroid is None else "given"
     if centroid is None:
         row, column = (
             size / 2 + offset / spacing
@@ -282,10 +298,36 @@ def _place(
     if not all(0 <= place <= size for place, size in zip(centroid, shape, strict=True)):
         msg = f"the centre {centroid[0]:g}, {centroid[1]:g} lies outside the image of {shape[0]} x {shape[1]} pixels"
         raise PredictError(msg)
-    box = place_box(centroid, shape, height=predictor.box_height_px, width=predictor.box_width_px)
-    offsets = [step * predictor.slice_pitch_mm for step in range(-(num_slices // 2), num_slices // 2 + 1)]
+    return Centre(*centroid, source=source, region_slice=mid_index)
+
+
+def _segmented(regions: Path, exam: ConvertedExam, mid_index: int) -> Centre:
+    """Ask the study's final segmenter; raises `Flagged` for a mask that a person must see."""
+    from lbp_ray.segment.infer import Segmenter  # a study without a segmenter needs none of its libraries
+    from lbp_ray.segment.region import describe_mask, flags_of
+
+    if not (regions / "final.pt").is_file():
+        msg = f"the segmenter {regions / 'final.pt'} is gone; make the regions again, or give the region's centre"
+        raise PredictError(msg)
+    meta = RegionsMeta.model_validate_json((regions / "regions.json").read_bytes())
+    (mask_HW,) = Segmenter.load(regions).masks([exam.pixels_SHW[mid_index]])
+    region = describe_mask(mask_HW, exam.spacing_mm)
+    flags = flags_of(region, meta.plausible)
+    if flags:
+        codes = flags.split("+")
+        raise Flagged(f"roi_{codes[0]}", "; ".join(FLAGS[code] for code in codes), mid_index, mask_HW)
+    return Centre(region.centroid_row, region.centroid_column, MODEL, mid_index, mask_HW=mask_HW)
+
+
+def _cut(
+    request: CropRequest, exam: ConvertedExam, mid_index: int, centre: Centre
+) -> tuple[Box, np.ndarray, np.ndarray]:
+    """Return the box, the crops (K, H, W) and their slices (K,)."""
+    shape = (exam.pixels_SHW.shape[1], exam.pixels_SHW.shape[2])
+    box, _ = place_crop(centre, request, shape, exam.spacing_mm)
     positions = np.array(exam.record.positions_mm)
-    return box, choose_neighbours(positions, middle.slice_index, offsets, tolerance_mm=predictor.tolerance_mm)
+    indices = choose_neighbours(positions, mid_index, request.offsets_mm, tolerance_mm=request.tolerance_mm)
+    return box, request.crop(exam.pixels_SHW[indices], box), indices
 
 
 def _score(path: Path, crops_KHW: np.ndarray) -> np.ndarray:
@@ -301,8 +343,8 @@ def _score(path: Path, crops_KHW: np.ndarray) -> np.ndarray:
     return np.asarray(torch.sigmoid(logits.double())[:, 0].numpy())
 
 
-def _picture(slice_HW: np.ndarray, box: Box, crops_KHW: np.ndarray) -> np.ndarray:
-    return np.concatenate([tile(slice_HW, box), *(tile(crop_HW) for crop_HW in crops_KHW)], axis=1)
+def _picture(slice_HW: np.ndarray, box: Box, mask_HW: np.ndarray | None, crops_KHW: np.ndarray) -> np.ndarray:
+    return np.concatenate([tile(slice_HW, box, mask_HW), *(tile(crop_HW) for crop_HW in crops_KHW)], axis=1)
 
 
 def main(arguments: list[str] | None = None) -> int:

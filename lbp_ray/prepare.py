@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from lbp_ray.centres import annotated_centres, predicted_centres
 from lbp_ray.cohort import CohortError, label_exams
 from lbp_ray.nets.weights import load_backbone_weights, weights_sha256
+from lbp_ray.provenance import check_regions, find_regions, open_regions
 from lbp_ray.result import FunnelStep
 from lbp_ray.roi import CropRequest, Crops, build_crops
 from lbp_ray.runs import RunError, RunPaths
 from lbp_ray.splits import HOLDOUT, SplitError, check_split, holdout_commitment, make_split, split_hash
 from preprocess.commit import canonical_json, committed_directory, content_id
-from preprocess.midsagittal.choose import CONTRAST
+from preprocess.midsagittal.choose import CONTRAST, load_midsagittal
 from preprocess.midsagittal.match import load_templates
 from preprocess.store.read import SliceStore
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lbp_ray.study import StudyConfig
+    from lbp_ray.regions import Regions
+    from lbp_ray.study import RoiConfig, StudyConfig
 
 
 @dataclass(frozen=True)
 class Split:
-    """A committed split: folds of every analysed exam, and labels outside the hold-out only."""
+    """A committed split: folds of every exam that was drawn, and labels outside the hold-out only."""
 
     table: pd.DataFrame
     """``study_id``, ``patient_id``, ``fold``, ``label`` (missing in the hold-out)."""
@@ -55,6 +58,24 @@ class Split:
             raise RunError(msg)
         return cls(table, meta["split_hash"], meta["holdout_commitment"], folder)
 
+    def of_studies(self, study_ids: pd.Series[str]) -> Split:
+        """Return the same split with the rows of some exams only."""
+        return replace(self, table=self.table[self.table["study_id"].isin(study_ids)].reset_index(drop=True))
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A study whose patients are split, before anything is cropped: nothing later decides who is sealed."""
+
+    paths: RunPaths
+    store: SliceStore
+    midsagittal: Path
+    exams: pd.DataFrame
+    """Every exam with a questionnaire: ``study_id``, ``patient_id``, ``group``, ``label``."""
+    split: Split
+    """Of the exams of the binary task that have a mid-sagittal slice."""
+    statements: tuple[str, ...]
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -64,65 +85,157 @@ class Prepared:
     midsagittal: Path
     crops: Crops
     split: Split
+    """As it was sealed."""
+    analysed: Split
+    """Those of its exams that have crops."""
     weights_hash: str
     store_hash: str
     funnel: tuple[FunnelStep, ...]
     groups: dict[str, int]
     acquisition: dict[str, str]
+    regions: Regions | None = None
+    """The predicted masks that the study is cropped by; None where it is cropped by annotations."""
     statements: tuple[str, ...] = ()
     """What the report must say of this preparation, beside the configuration's own statements."""
 
 
-def prepare(config: StudyConfig) -> Prepared:
-    """Open the store, cut the crops, label the exams, split the patients and check the weights.
+def seal(config: StudyConfig) -> Sealed:
+    """Open the store, label the exams and split the patients: all that may be decided before anything is trained.
 
-    Every step is content-addressed: what exists already is opened, not made again.
+    The split is drawn from all labelled exams with a mid-sagittal slice, whatever becomes of their crops, so that
+    whatever helps to crop can be kept from the sealed patients. One that exists is opened, not drawn again.
 
     Raises
     ------
     ValueError
-        Of the room at fault: an incomplete store, a questionnaire row without an exam, absent weights, a leaky split.
+        Of the room at fault: an incomplete store, a questionnaire row without an exam, too few patients, a leaky split.
     """
     paths = RunPaths(config.paths.runs, config.name)
-    weights = load_backbone_weights(config.recipe.weights, seed=config.recipe.weights_seed)
     store = SliceStore.open(config.paths.store, contrast=CONTRAST)
     midsagittal = config.paths.midsagittal or find_midsagittal_artefact(config.paths.store, store.content_hash)
-    crops = _crops(config, paths, store, midsagittal)
     exams = _exams(config.paths.questionnaire, store)
-    task = exams[exams["label"].notna()]
-    analysed = task[task["study_id"].isin(crops.table["study_id"])]
+    chosen = store.manifest[store.manifest["series_id"].isin(load_midsagittal(midsagittal)["series_id"])]
+    task = exams[exams["label"].notna() & exams["study_id"].isin(chosen["study_id"])]
     template_patients = frozenset(load_templates(midsagittal / "templates.npz").patient_ids)
-    split = _split(config, paths, analysed, template_patients)
-    statements = _check_templates(config, split, template_patients)
-    inside = int((split.table["fold"] != HOLDOUT).sum())
-    reasons = crops.excluded[crops.excluded["study_id"].isin(task["study_id"])]["reason"].value_counts()
-    funnel = (
-        FunnelStep(name="exams with a sagittal T2 stack", count=len(store.manifest), reason=""),
-        FunnelStep(name="with questionnaire", count=len(exams), reason="no questionnaire row"),
-        FunnelStep(name="symptomatic or asymptomatic", count=len(task), reason="other questionnaire groups"),
-        FunnelStep(name="with crops", count=len(analysed), reason=", ".join(f"{k}: {v}" for k, v in reasons.items())),
-        FunnelStep(name="cross-validated", count=inside, reason=f"{len(analysed) - inside} in the sealed hold-out"),
-    )
+    split = _split(config, paths, task, template_patients)
+    return Sealed(paths, store, midsagittal, exams, split, _check_templates(config, split, template_patients))
+
+
+def prepare(config: StudyConfig) -> Prepared:
+    """Seal the split, cut the crops and check the weights.
+
+    Every step is content-addressed: what exists already is opened, not made again. An exam that cannot be cropped
+    leaves its fold, or the hold-out, with a reason; folds are never drawn anew for it.
+
+    Raises
+    ------
+    ValueError
+        Of the room at fault, as `seal` does; also absent weights, regions that may not be used, no crop at all.
+    """
+    weights = load_backbone_weights(config.recipe.weights, seed=config.recipe.weights_seed)
+    sealed = seal(config)
+    statements = sealed.statements
+    regions: Regions | None = None
+    if config.roi.source == "model":
+        regions = _open_regions(config, sealed)
+        statements += check_regions(regions, sealed.split, config.roi)
+    crops = _crops(config, sealed, regions)
+    statements += _resampling_statements(config.roi, crops.table)
+    analysed = sealed.split.of_studies(crops.table["study_id"])
+    _require_both_classes(analysed.table, sealed.split.table, crops.excluded)
     return Prepared(
-        paths=paths,
-        midsagittal=midsagittal,
+        paths=sealed.paths,
+        midsagittal=sealed.midsagittal,
         crops=crops,
-        split=split,
+        split=sealed.split,
+        analysed=analysed,
         weights_hash=weights_sha256(weights),
-        store_hash=store.content_hash,
-        funnel=funnel,
-        groups={str(name): int(count) for name, count in exams["group"].value_counts().items()},
-        acquisition=_acquisition(store.manifest),
+        store_hash=sealed.store.content_hash,
+        funnel=_funnel(sealed, crops, analysed),
+        groups={str(name): int(count) for name, count in sealed.exams["group"].value_counts().items()},
+        acquisition=_acquisition(sealed.store.manifest),
+        regions=regions,
         statements=statements,
     )
 
 
-def _crops(config: StudyConfig, paths: RunPaths, store: SliceStore, midsagittal: Path) -> Crops:
-    request = CropRequest(config.roi.height_px, config.roi.width_px, config.offsets_mm, config.roi.tolerance_mm)
-    folder = paths.crops(request.address(store, midsagittal, config.paths.annotations))
+def _open_regions(config: StudyConfig, sealed: Sealed) -> Regions:
+    midsagittal = hashlib.sha256((sealed.midsagittal / "midsagittal.parquet").read_bytes()).hexdigest()
+    made_from = {"store": sealed.store.content_hash, "midsagittal": midsagittal}
+    return open_regions(config.paths.regions or find_regions(sealed.paths.all_regions, **made_from), **made_from)
+
+
+def _crops(config: StudyConfig, sealed: Sealed, regions: Regions | None) -> Crops:
+    roi, given = config.roi, config.paths
+    if regions is None:
+        centres = annotated_centres(sealed.store, given.annotations, roi.centre, given.roi_overrides)
+    else:
+        centres = predicted_centres(
+            sealed.store, regions, overrides=given.roi_overrides, corrections=given.roi_corrections
+        )
+    request = CropRequest(roi.height_px, roi.width_px, config.offsets_mm, roi.tolerance_mm, roi.size_mm)
+    folder = sealed.paths.crops(request.address(sealed.store, sealed.midsagittal, centres))
     return build_crops(
-        store, midsagittal, config.paths.annotations, request, folder=folder, progress=config.compute.verbose
+        sealed.store, sealed.midsagittal, centres, request, folder=folder, progress=config.compute.verbose
     )
+
+
+def _resampling_statements(roi: RoiConfig, table: pd.DataFrame) -> tuple[str, ...]:
+    count = int(table["resampled"].sum())
+    if not count or roi.size_mm is None:
+        return ()
+    return (
+        f"{count} of {len(table)} crops were resampled linearly from a box of {roi.size_mm[0]:g} x {roi.size_mm[1]:g} "
+        f"mm onto {roi.height_px} x {roi.width_px} pixels (rows x columns).",
+    )
+
+
+def _require_both_classes(analysed: pd.DataFrame, drawn: pd.DataFrame, excluded: pd.DataFrame) -> None:
+    """Refuse a fold that lost a whole class to exams without a crop: nothing could be scored on it.
+
+    Raises
+    ------
+    SplitError
+        Naming the first such fold and the reasons.
+    """
+    classes = analysed.groupby("fold")["label"].nunique()
+    folds = sorted(set(drawn["fold"]) - {HOLDOUT})
+    poor = [fold for fold in folds if classes.get(fold, 0) < 2]
+    if poor:
+        lost = drawn[(drawn["fold"] == poor[0]) & ~drawn["study_id"].isin(analysed["study_id"])]
+        msg = (
+            f"fold {poor[0]} has exams of {int(classes.get(poor[0], 0))} class(es) left, two are required: "
+            f"{len(lost)} of its exams have no crop ({_reasons(excluded, lost['study_id'])}); review them (review.csv "
+            "of the crops, paths.roi_overrides), annotate more, or lower split.folds"
+        )
+        raise SplitError(msg)
+
+
+def _funnel(sealed: Sealed, crops: Crops, analysed: Split) -> tuple[FunnelStep, ...]:
+    exams, drawn = sealed.exams, sealed.split.table
+    task = exams[exams["label"].notna()]
+    held = drawn[drawn["fold"] == HOLDOUT]
+    inside = drawn[drawn["fold"] != HOLDOUT]
+    without = _reasons(crops.excluded, held["study_id"])
+    holdout = f"{len(held)} in the sealed hold-out" + (f" (without crops there: {without})" if without else "")
+    return (
+        FunnelStep(name="exams with a sagittal T2 stack", count=len(sealed.store.manifest), reason=""),
+        FunnelStep(name="with questionnaire", count=len(exams), reason="no questionnaire row"),
+        FunnelStep(name="symptomatic or asymptomatic", count=len(task), reason="other questionnaire groups"),
+        FunnelStep(name="with a mid-sagittal slice", count=len(drawn), reason="no mid-sagittal slice"),
+        FunnelStep(name="outside the hold-out", count=len(inside), reason=holdout),
+        FunnelStep(
+            name="with crops, cross-validated",
+            count=int((analysed.table["fold"] != HOLDOUT).sum()),
+            reason=_reasons(crops.excluded, inside["study_id"]),
+        ),
+    )
+
+
+def _reasons(excluded: pd.DataFrame, studies: pd.Series[str]) -> str:
+    """Count why some of these studies have no crop."""
+    counts = excluded[excluded["study_id"].isin(studies)]["reason"].value_counts()
+    return ", ".join(f"{reason}: {count}" for reason, count in counts.items())
 
 
 def find_midsagittal_artefact(store: Path, store_hash: str) -> Path:
@@ -170,9 +283,9 @@ def _exams(questionnaire: Path, store: SliceStore) -> pd.DataFrame:
     return label_exams(rows)
 
 
-def _split(config: StudyConfig, paths: RunPaths, analysed: pd.DataFrame, templates: frozenset[str]) -> Split:
+def _split(config: StudyConfig, paths: RunPaths, task: pd.DataFrame, templates: frozenset[str]) -> Split:
     """Open the split of these exams, or draw it; other templates do not draw another, which would unseal patients."""
-    exams = analysed[["study_id", "patient_id", "label"]].astype({"label": int})
+    exams = task[["study_id", "patient_id", "label"]].astype({"label": int})
     address = content_id(
         {
             "questionnaire": hashlib.sha256(config.paths.questionnaire.read_bytes()).hexdigest(),

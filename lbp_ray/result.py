@@ -123,6 +123,49 @@ class FunnelStep(FrozenModel):
     """Why the ones lost before this step were lost; empty for the first step."""
 
 
+class ClassCount(FrozenModel):
+    """Exams of one kind, by class."""
+
+    name: str
+    negative: int
+    """Asymptomatic."""
+    positive: int
+    """Symptomatic."""
+
+
+class SegmenterScores(FrozenModel):
+    """How well the segmenter behind the crops finds annotated regions of patients that it never saw."""
+
+    num_images: int
+    num_folds: int
+    dice: float
+    """Mean over images."""
+    standard_error_images: float | None
+    """Standard error of the mean, over images; None with a single one."""
+    standard_error_folds: float | None
+    """Standard error of the mean of the folds' means, over folds; None with a single one."""
+    baseline_dice: float
+    """Mean over images of a fixed mean box."""
+    centroid_error_median_mm: float
+    centroid_error_p95_mm: float
+
+
+class CropProvenance(FrozenModel):
+    """Where the crops come from, and whether that depends on the label; sealed exams are left out."""
+
+    sources: tuple[ClassCount, ...]
+    """Cross-validated exams by crop source."""
+    excluded: tuple[ClassCount, ...]
+    """Exams without a crop by reason."""
+    statistic: float | None
+    """Pearson's chi-square of sources by classes; None with fewer than two sources."""
+    p_value: float | None
+    """By shuffling labels among the patients of each fold."""
+    num_permutations: int
+    segmenter: SegmenterScores | None
+    """None where boxes are centred on annotations."""
+
+
 class BayesReference(FrozenModel):
     """The best AUC that any model could reach on these very studies (synthetic cohorts only)."""
 
@@ -150,6 +193,7 @@ class StudyResult(FrozenModel):
     num_studies: int
     num_positive: int
     num_holdout_studies: int
+    """Sealed studies, with crops or without."""
     holdout_commitment: str
     """Hash that commits the sealed hold-out before any training."""
     num_folds: int
@@ -159,6 +203,8 @@ class StudyResult(FrozenModel):
     """None unless the cohort is synthetic."""
     acquisition: dict[str, str]
     """Human-readable acquisition facts (matrix, spacing, TE, TR), for the report's data section."""
+    crops: CropProvenance | None = None
+    """None in results that were saved before it was counted."""
 
     @property
     def result_hash(self) -> str:

@@ -1,4 +1,4 @@
-"""Annotated rectangles → centroid → one fixed box per study → crops of the mid-sagittal slice and its neighbours.
+"""Centres → one fixed box per study → crops of the mid-sagittal slice and its neighbours, with their provenance.
 
 Shape suffixes: N studies, K slice offsets, H rows, W columns, S slices.
 """
@@ -8,57 +8,51 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from lbp_ray.annotations import (
-    AnnotatedSlice,
-    AnnotationError,
-    annotations_sha256,
-    mask_centroid,
-    read_annotations,
-    union_mask,
+from lbp_ray.box import (
+    MAX_SHIFT_MM,
+    Box,
+    Excluded,
+    choose_neighbours,
+    original_box,
+    place_box,
+    resize,
+    shift_mm,
+    size_in_pixels,
 )
-from lbp_ray.contact_sheet import chosen_rows, contact_sheet, tile
+from lbp_ray.centres import MANUAL, Flagged
+from lbp_ray.contact_sheet import MAX_TILES, chosen_rows, contact_sheet, tile
+from lbp_ray.overrides import COLUMNS as OVERRIDE_COLUMNS
 from preprocess.commit import committed_directory, content_id
 from preprocess.midsagittal.choose import load_midsagittal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
+    from lbp_ray.centres import Centre, Centres
     from preprocess.store.read import SliceStore
 
-CROPS_VERSION = 1
+CROPS_VERSION = 2
 """Raised by hand when the same inputs give other crops."""
+
+BOX_OUTSIDE = "box_outside"
+"""Reason of a predicted box that would leave the image by more than `lbp_ray.box.MAX_SHIFT_MM`."""
+
+EXCLUDED_COLUMNS = ("study_id", "reason", "detail")
+"""Columns of ``excluded.parquet``: every study of the store that has no crop."""
+
+REVIEW_COLUMNS = (*OVERRIDE_COLUMNS, "series_id", "slice_index", "reason", "detail")
+"""Columns of ``review.csv``: the excluded studies whose predicted mask a person should look at. With its actions filled
+in it is an override file."""
 
 
 class RoiError(ValueError):
     """Crops that cannot be made or used."""
-
-
-class Excluded(Exception):  # noqa: N818  (a verdict on one study, never an error of the program)
-    """A study that yields no crop; ``reason`` is a code, the message a detail without identifiers."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
-class Box(NamedTuple):
-    """A box of fixed size on the pixel grid of the store: first row and column, height and width."""
-
-    row: int
-    column: int
-    height: int
-    width: int
-
-    def cut(self, pixels: np.ndarray) -> np.ndarray:
-        """Return the box's part of (..., rows, columns)."""
-        return pixels[..., self.row : self.row + self.height, self.column : self.column + self.width]
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class Crops:
     table: pd.DataFrame
     """Row n describes ``pixels_NKHW[n]``: ids, slice indices, offsets in mm, box, its source and centroid."""
     excluded: pd.DataFrame
-    """``study_id``, ``reason``, ``detail`` of every study of the store that has no crop."""
+    """`EXCLUDED_COLUMNS` of every study of the store that has no crop."""
     crops_hash: str
     """SHA-256 of pixels and table."""
     folder: Path
@@ -87,68 +81,6 @@ class Crops:
         return cls(pixels, table, pd.read_parquet(folder / "excluded.parquet"), meta["crops_hash"], folder)
 
 
-def place_box(centroid: tuple[float, float], shape: tuple[int, int], *, height: int, width: int) -> Box:
-    """Centre a box of fixed size on a centroid and shift it inside the image.
-
-    Parameters
-    ----------
-    centroid
-        Row and column in continuous pixel coordinates.
-    shape
-        Rows and columns of the image.
-    height, width
-        Size of the box in pixels.
-
-    Raises
-    ------
-    Excluded
-        If the image is smaller than the box; nothing is ever padded.
-    """
-    if shape[0] < height or shape[1] < width:
-        detail = f"image {shape[0]} x {shape[1]}, box {height} x {width} (rows x columns)"
-        raise Excluded("image_smaller_than_box", detail)
-    row, column = (round(centre - size / 2) for centre, size in zip(centroid, (height, width), strict=True))
-    return Box(
-        int(np.clip(row, 0, shape[0] - height)), int(np.clip(column, 0, shape[1] - width)), height=height, width=width
-    )
-
-
-def choose_neighbours(
-    positions_mm: np.ndarray, mid_index: int, offsets_mm: Sequence[float], *, tolerance_mm: float
-) -> np.ndarray:
-    """Choose the slices nearest to signed offsets from the mid-sagittal one.
-
-    Parameters
-    ----------
-    positions_mm
-        (S,) position of each slice along the patient's right-to-left axis.
-    mid_index
-        The mid-sagittal slice.
-    offsets_mm
-        Nominal offsets, ascending.
-    tolerance_mm
-        Largest accepted distance from a nominal offset.
-
-    Returns
-    -------
-    numpy.ndarray
-        (K,) slice indices.
-
-    Raises
-    ------
-    Excluded
-        If an offset has no slice near enough.
-    """
-    distance_KS = np.abs(positions_mm[None, :] - positions_mm[mid_index] - np.asarray(offsets_mm)[:, None])
-    chosen: np.ndarray = distance_KS.argmin(axis=1)
-    for offset, distance in zip(offsets_mm, distance_KS.min(axis=1), strict=True):
-        if distance > tolerance_mm:
-            raise Excluded("neighbour_missing", f"no slice within {tolerance_mm} mm of {offset:+g} mm from the middle")
-    if len(set(chosen)) < len(chosen):
-        raise Excluded("neighbour_repeated", f"slices lie too far apart for a pitch of {offsets_mm} mm")
-    return chosen
-
-
 @dataclass(frozen=True)
 class CropRequest:
     """What crops are asked for."""
@@ -157,26 +89,38 @@ class CropRequest:
     width_px: int
     offsets_mm: tuple[float, ...]
     tolerance_mm: float
+    size_mm: tuple[float, float] | None = None
+    """Height and width of a physical box, which is resampled onto the pixels above; None cuts those very pixels."""
 
-    def address(self, store: SliceStore, midsagittal: Path, annotations: Path) -> str:
+    def address(self, store: SliceStore, midsagittal: Path, centres: Centres) -> str:
         """Return the content id of the crops that these inputs give."""
         return content_id(
             {
                 "version": CROPS_VERSION,
                 "store": store.content_hash,
                 "midsagittal": hashlib.sha256((midsagittal / "midsagittal.parquet").read_bytes()).hexdigest(),
-                "annotations": annotations_sha256(annotations),
+                "centres": centres.inputs,
                 "box": [self.height_px, self.width_px],
+                "size_mm": self.size_mm,
                 "offsets_mm": list(self.offsets_mm),
                 "tolerance_mm": self.tolerance_mm,
             }
         )
 
+    def box_size(self, spacing_mm: tuple[float, float]) -> tuple[int, int]:
+        """Return height and width, in pixels, of the box on images of this row and column spacing."""
+        return (self.height_px, self.width_px) if self.size_mm is None else size_in_pixels(self.size_mm, spacing_mm)
+
+    def crop(self, pixels: np.ndarray, box: Box) -> np.ndarray:
+        """Cut a box out of (..., rows, columns) and bring it to the size asked for, resampled if it has another."""
+        cut, wanted = box.cut(pixels), (self.height_px, self.width_px)
+        return np.ascontiguousarray(cut if cut.shape[-2:] == wanted else resize(cut, wanted))
+
 
 def build_crops(
     store: SliceStore,
     midsagittal: Path,
-    annotations: Path,
+    centres: Centres,
     request: CropRequest,
     *,
     folder: Path,
@@ -190,8 +134,8 @@ def build_crops(
         Complete slice store.
     midsagittal
         Mid-sagittal artefact made from this store.
-    annotations
-        Linked CVAT XML.
+    centres
+        Where the boxes are centred.
     request
         Size, offsets and tolerance.
     folder
@@ -205,103 +149,153 @@ def build_crops(
         If no study yields a crop.
     """
     if not folder.is_dir():
-        table, pixels, excluded = _cut_all(store, midsagittal, annotations, request, progress=progress)
-        if not pixels:
-            reasons = pd.Series([row["reason"] for row in excluded]).value_counts().to_dict()
-            msg = f"no study of the store yields a crop: {reasons}; check annotations and the mid-sagittal artefact"
+        cutting = _Cutting(store, load_midsagittal(midsagittal).set_index("series_id")["slice_index"], centres, request)
+        cutting.cut_all(progress=progress)
+        if not cutting.pixels:
+            reasons = pd.Series([row["reason"] for row in cutting.excluded]).value_counts().to_dict()
+            msg = (
+                f"no study of the store yields a crop: {reasons}; check annotations or regions, and the mid-sagittal "
+                "artefact"
+            )
             raise RoiError(msg)
-        sheet = _contact_sheet(store, table)
-        _commit(folder, pd.DataFrame(table), np.stack(pixels), excluded, sheet)
+        cutting.commit(folder)
     return Crops.open(folder)
 
 
-def _cut_all(
-    store: SliceStore, midsagittal: Path, annotations: Path, request: CropRequest, *, progress: bool
-) -> tuple[list[dict[str, Any]], list[np.ndarray], list[dict[str, str]]]:
-    middle = load_midsagittal(midsagittal).set_index("series_id")["slice_index"]
-    annotated = {item.series_id: item for item in read_annotations(annotations)}
-    table: list[dict[str, Any]] = []
-    pixels: list[np.ndarray] = []
-    excluded: list[dict[str, str]] = []
-    series = store.manifest.sort_values("study_id")
-    for row in tqdm(series.to_dict("records"), desc="crops", unit="study", disable=not progress):
-        try:
-            if row["series_id"] not in middle.index:
-                raise Excluded("no_midsagittal", "the mid-sagittal artefact does not name this series")
-            description, crop_KHW = _cut(store, row, int(middle[row["series_id"]]), annotated, request)
-        except Excluded as verdict:
-            excluded.append({"study_id": row["study_id"], "reason": verdict.reason, "detail": str(verdict)})
-        else:
-            table.append(description)
-            pixels.append(crop_KHW)
-    return table, pixels, excluded
+class _Cutting:
+    """What is gathered while the studies of a store are cut one by one."""
+
+    def __init__(self, store: SliceStore, middle: pd.Series[int], centres: Centres, request: CropRequest) -> None:
+        self.store, self.middle, self.centres, self.request = store, middle, centres, request
+        self.table: list[dict[str, Any]] = []
+        self.pixels: list[np.ndarray] = []
+        self.excluded: list[dict[str, str]] = []
+        self.review: list[dict[str, Any]] = []
+        self.review_masks: list[np.ndarray] = []
+
+    def cut_all(self, *, progress: bool) -> None:
+        series = self.store.manifest.sort_values("study_id").to_dict("records")
+        for row in tqdm(series, desc="crops", unit="study", disable=not progress):
+            try:
+                self._cut({str(name): value for name, value in row.items()})
+            except Excluded as verdict:
+                told = {"study_id": row["study_id"], "reason": verdict.reason, "detail": str(verdict)}
+                self.excluded.append(told)
+                if isinstance(verdict, Flagged):
+                    self.review.append({**told, "series_id": row["series_id"], "slice_index": verdict.slice_index})
+                    self.review_masks += [verdict.mask_HW] if len(self.review_masks) < MAX_TILES else []
+
+    def _cut(self, row: dict[str, Any]) -> None:
+        series_id = str(row["series_id"])
+        if series_id not in self.middle.index:
+            raise Excluded("no_midsagittal", "the mid-sagittal artefact does not name this series")
+        mid_index = int(self.middle[series_id])
+        centre = self.centres.of(row)
+        positions_mm = self.store.positions_mm(series_id)
+        request = self.request
+        indices = choose_neighbours(positions_mm, mid_index, request.offsets_mm, tolerance_mm=request.tolerance_mm)
+        volume_SHW = self.store.read(series_id)
+        spacing_mm = (float(row["spacing_row_mm"]), float(row["spacing_column_mm"]))
+        box, accepted_flags = place_crop(centre, request, (int(row["rows"]), int(row["columns"])), spacing_mm)
+        cut_KHW = box.cut(volume_SHW[indices])
+        if (cut_KHW == cut_KHW[:, :1, :1]).all(axis=(1, 2)).any():
+            raise Excluded("blank_crop", "a slice is constant inside the box")
+        self.pixels.append(request.crop(volume_SHW[indices], box))
+        offsets = [float(positions_mm[index] - positions_mm[mid_index]) for index in indices]
+        is_resampled = (box.height, box.width) != (request.height_px, request.width_px)
+        self.table.append(
+            {
+                **{name: row[name] for name in ("study_id", "patient_id", "series_id")},
+                "slice_index": [int(index) for index in indices],
+                "slice_offset_mm": offsets,
+                **_box_columns(box, row),
+                "resampled": is_resampled,
+                "centroid_row": centre.row,
+                "centroid_column": centre.column,
+                "crop_source": centre.source,
+                "region_slice": centre.region_slice,
+                "accepted_flags": accepted_flags,
+                "image_rows": int(row["rows"]),
+                "image_columns": int(row["columns"]),
+                "row_spacing_mm": spacing_mm[0],
+                "column_spacing_mm": spacing_mm[1],
+            }
+        )
+
+    def commit(self, folder: Path) -> None:
+        table, pixels_NKHW = pd.DataFrame(self.table), np.stack(self.pixels)
+        digest = hashlib.sha256(np.ascontiguousarray(pixels_NKHW).tobytes())
+        digest.update(table.to_json(orient="records", double_precision=15).encode())
+        with committed_directory(folder, point="crops") as partial:
+            np.save(partial / "crops.npy", pixels_NKHW)
+            table.to_parquet(partial / "crops.parquet", index=False)
+            excluded = pd.DataFrame(self.excluded, columns=list(EXCLUDED_COLUMNS), dtype=str)
+            excluded.to_parquet(partial / "excluded.parquet", index=False)
+            pd.DataFrame(self.review, columns=list(REVIEW_COLUMNS)).to_csv(partial / "review.csv", index=False)
+            (partial / "contact_sheet.png").write_bytes(self._contact_sheet())
+            if self.review:
+                (partial / "review.png").write_bytes(self._review_sheet())
+            (partial / "crops.json").write_text(json.dumps({"crops_hash": digest.hexdigest()}))
+
+    def _contact_sheet(self) -> bytes:
+        tiles = []
+        for row in (self.table[index] for index in chosen_rows(len(self.table))):
+            middle = row["slice_index"][len(row["slice_index"]) // 2]
+            box = Box(*(row[f"box_{name}"] for name in Box._fields))
+            centre = self.centres.of({**row, "rows": row["image_rows"], "columns": row["image_columns"]})
+            tiles.append(tile(self.store.read(row["series_id"])[middle], box, centre.mask_HW))
+        return contact_sheet(tiles)
+
+    def _review_sheet(self) -> bytes:
+        shown = zip(self.review, self.review_masks, strict=False)
+        return contact_sheet(
+            [tile(self.store.read(row["series_id"])[row["slice_index"]], None, mask_HW) for row, mask_HW in shown]
+        )
 
 
-def _cut(
-    store: SliceStore,
-    row: dict[Any, Any],
-    mid_index: int,
-    annotated: dict[str, AnnotatedSlice],
-    request: CropRequest,
-) -> tuple[dict[str, Any], np.ndarray]:
-    series_id = str(row["series_id"])
-    annotation = annotated.get(series_id)
-    if annotation is None:
-        raise Excluded("no_annotation", "no annotated slice of this series")
-    if annotation.fault:
-        raise Excluded("faulty_annotation", annotation.fault)
-    positions_mm = store.positions_mm(series_id)
-    indices = choose_neighbours(positions_mm, mid_index, request.offsets_mm, tolerance_mm=request.tolerance_mm)
-    volume_SHW = store.read(series_id)
-    shape = (volume_SHW.shape[1], volume_SHW.shape[2])
-    try:
-        centroid = mask_centroid(union_mask(annotation.rectangles, shape))
-    except AnnotationError as error:
-        raise Excluded("faulty_annotation", str(error)) from error
-    box = place_box(centroid, shape, height=request.height_px, width=request.width_px)
-    crop_KHW = np.ascontiguousarray(box.cut(volume_SHW[indices]))
-    if (crop_KHW == crop_KHW[:, :1, :1]).all(axis=(1, 2)).any():
-        raise Excluded("blank_crop", "a slice is constant inside the box")
-    description = {
-        "study_id": row["study_id"],
-        "patient_id": row["patient_id"],
-        "series_id": series_id,
-        "slice_index": [int(index) for index in indices],
-        "slice_offset_mm": [float(positions_mm[index] - positions_mm[mid_index]) for index in indices],
-        "box_row": box.row,
-        "box_column": box.column,
-        "box_height": box.height,
-        "box_width": box.width,
-        "centroid_row": centroid[0],
-        "centroid_column": centroid[1],
-        "crop_source": "annotation",
-        "annotated_slice": annotation.slice_index,
-        "image_rows": shape[0],
-        "image_columns": shape[1],
-        "row_spacing_mm": row["spacing_row_mm"],
-        "column_spacing_mm": row["spacing_column_mm"],
-    }
-    return description, crop_KHW
+def place_crop(
+    centre: Centre, request: CropRequest, shape: tuple[int, int], spacing_mm: tuple[float, float]
+) -> tuple[Box, str]:
+    """Place the box of one study.
+
+    Parameters
+    ----------
+    centre
+        Where it should be centred.
+    request
+        Its size.
+    shape
+        Rows and columns of the image.
+    spacing_mm
+        Row spacing, column spacing.
+
+    Returns
+    -------
+    box
+        Inside the image.
+    accepted_flags
+        Codes that speak against it and that a person accepted, joined by ``+``.
+
+    Raises
+    ------
+    Excluded
+        If the image is smaller than the box; `Flagged` if it ends too far before the box that a predicted mask wants.
+    """
+    place = (centre.row, centre.column)
+    height, width = request.box_size(spacing_mm)
+    box = place_box(place, shape, height=height, width=width)
+    shift = shift_mm(box, place, spacing_mm)
+    if shift <= MAX_SHIFT_MM or centre.mask_HW is None or centre.source == MANUAL:
+        return box, centre.flags
+    if centre.is_accepted:
+        return box, "+".join(filter(None, (centre.flags, BOX_OUTSIDE)))
+    detail = f"the image ends {shift:.0f} mm before the box that the mask asks for, {MAX_SHIFT_MM:g} mm are accepted"
+    raise Flagged(BOX_OUTSIDE, detail, centre.region_slice, centre.mask_HW)
 
 
-def _contact_sheet(store: SliceStore, table: list[dict[str, Any]]) -> bytes:
-    tiles = []
-    for row in (table[index] for index in chosen_rows(len(table))):
-        middle = row["slice_index"][len(row["slice_index"]) // 2]
-        box = (row["box_row"], row["box_column"], row["box_height"], row["box_width"])
-        tiles.append(tile(store.read(row["series_id"])[middle], box))
-    return contact_sheet(tiles)
-
-
-def _commit(
-    folder: Path, table: pd.DataFrame, pixels_NKHW: np.ndarray, excluded: list[dict[str, str]], sheet: bytes
-) -> None:
-    digest = hashlib.sha256(np.ascontiguousarray(pixels_NKHW).tobytes())
-    digest.update(table.to_json(orient="records", double_precision=15).encode())
-    with committed_directory(folder, point="crops") as partial:
-        np.save(partial / "crops.npy", pixels_NKHW)
-        table.to_parquet(partial / "crops.parquet", index=False)
-        columns = ["study_id", "reason", "detail"]
-        pd.DataFrame(excluded, columns=columns, dtype=str).to_parquet(partial / "excluded.parquet", index=False)
-        (partial / "contact_sheet.png").write_bytes(sheet)
-        (partial / "crops.json").write_text(json.dumps({"crops_hash": digest.hexdigest()}))
+def _box_columns(box: Box, row: dict[str, Any]) -> dict[str, int]:
+    """Describe a box on the pixel grids of the store and of the DICOM files."""
+    flips = bool(row["transpose"]), bool(row["flip_rows"]), bool(row["flip_columns"])
+    original = original_box(box, (int(row["rows"]), int(row["columns"])), flips)
+    held = {f"box_{name}": value for name, value in box._asdict().items()}
+    return held | {f"original_{name}": value for name, value in original._asdict().items()}

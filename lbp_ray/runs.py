@@ -41,7 +41,25 @@ class RunPaths:
 
     def split(self, address: str) -> Path:
         """Folder of one split: folds, training labels and the hash that seals the hold-out."""
-        return self.folder / "splits" / address[:16]
+        return self.splits / address[:16]
+
+    @property
+    def splits(self) -> Path:
+        """All splits that the study has committed."""
+        return self.folder / "splits"
+
+    def training_set(self, address: str) -> Path:
+        """Annotated slices on a network's grid."""
+        return self.folder / "training_sets" / address[:16]
+
+    def regions(self, address: str) -> Path:
+        """Masks of every exam by one set of networks; shared by all studies of the root."""
+        return self.all_regions / address[:16]
+
+    @property
+    def all_regions(self) -> Path:
+        """Every regions artefact of the root, one folder each."""
+        return self.root / "regions"
 
     @property
     def trials(self) -> Path:

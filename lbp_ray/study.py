@@ -25,7 +25,14 @@ class PathsConfig(FrozenModel):
     questionnaire: Path
     """Linked questionnaire CSV (``python -m preprocess link``)."""
     annotations: Path
-    """Linked CVAT 1.1 XML with five rectangles per annotated slice."""
+    """Linked CVAT 1.1 XML: the lumbar region of annotated slices."""
+    regions: Path | None = None
+    """Regions artefact (``python -m lbp_ray.segment``); None takes the only one below ``runs`` that was made from this
+    store and mid-sagittal choice. Read with ``roi.source: model`` only."""
+    roi_overrides: Path | None = None
+    """CSV of what a person decides about single exams: ``study_id,action,centre_row,centre_column``."""
+    roi_corrections: Path | None = None
+    """CVAT file of predicted masks that a person corrected. Read with ``roi.source: model`` only."""
     truth: Path | None = None
     """Linked truth table of a synthetic cohort; None for patients."""
     runs: Path
@@ -46,14 +53,43 @@ class PathsConfig(FrozenModel):
 class RoiConfig(FrozenModel):
     """The fixed region of interest."""
 
+    source: Literal["annotation", "model"] = "annotation"
+    """What boxes are centred on: the annotated shapes, or predicted masks. Never a mixture; only what a person decides
+    about single exams stands beside predicted masks, and is counted."""
+    centre: Literal["union", "mean_of_five"] = "union"
+    """Centre of an annotation: the centroid of its shapes' union, or the mean of its five rectangles' centres."""
+    label_blind: bool = False
+    """Declares that the segmenter never saw a pain label, which a study needs whose folds are not the segmenter's; the
+    report says so."""
+    allow_holdout_training: bool = False
+    """Accept a segmenter that was trained on sealed patients; the report then says so."""
     width_px: PositiveInt = 200
     """Antero-posterior size in pixels (image columns)."""
     height_px: PositiveInt = 400
     """Cranio-caudal size in pixels (image rows)."""
+    width_mm: Annotated[float, Field(gt=0)] | None = None
+    """Antero-posterior size of a physical box, resampled onto ``width_px``; None cuts that many pixels as they are."""
+    height_mm: Annotated[float, Field(gt=0)] | None = None
+    """Cranio-caudal size of a physical box; given with ``width_mm`` or not at all."""
     slice_pitch_mm: Annotated[float, Field(gt=0)] = 4.0
     """Signed step between neighbouring slices along the patient's right-left axis, in mm."""
     tolerance_mm: Annotated[float, Field(gt=0)] = 1.0
     """A neighbour must lie within this distance of its nominal offset, else the study is excluded."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RoiConfig:
+        if (self.width_mm is None) != (self.height_mm is None):
+            msg = "width_mm and height_mm belong together: give both or none"
+            raise ValueError(msg)
+        if self.source == "model" and self.centre == "mean_of_five":
+            msg = "centre: mean_of_five needs five rectangles per slice, which a predicted mask has not; use union"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def size_mm(self) -> tuple[float, float] | None:
+        """Height and width of the physical box, or None."""
+        return None if self.height_mm is None or self.width_mm is None else (self.height_mm, self.width_mm)
 
 
 class SplitConfig(FrozenModel):
@@ -187,6 +223,14 @@ class StudyConfig(FrozenModel):
     @classmethod
     def _distinct_seeds(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         return _distinct(value)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> StudyConfig:
+        unread = [name for name in ("regions", "roi_corrections") if getattr(self.paths, name) is not None]
+        if self.roi.source == "annotation" and unread:
+            msg = f"paths.{unread[0]} is read with roi.source: model only; set that, or leave the path out"
+            raise ValueError(msg)
+        return self
 
     @property
     def offsets_mm(self) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ import io
 import numpy as np
 from matplotlib.image import imread
 
-from lbp_ray.contact_sheet import TILE_PX, chosen_rows, contact_sheet, tile
+from lbp_ray.contact_sheet import MASK_COLOUR, TILE_PX, chosen_rows, contact_sheet, tile
 
 AMBER = (230, 159, 0)
 IMAGE = np.arange(96 * 48).reshape(96, 48)
@@ -16,6 +16,14 @@ def test_box_is_drawn_where_it_is():
     marked = (picture == AMBER).all(axis=2)
     rows, columns = np.nonzero(marked)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (48, 144, 24, 72)
+
+
+def test_mask_is_outlined_where_it_is():
+    mask = np.zeros(IMAGE.shape, dtype=bool)
+    mask[24:72, 12:36] = True
+    rows, columns = np.nonzero((tile(IMAGE, None, mask) == MASK_COLOUR).all(axis=2))
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (48, 143, 24, 71)
+    assert not ((rows > 60) & (rows < 130) & (columns > 30) & (columns < 65)).any()
 
 
 def test_proportions_are_kept_and_no_box_is_drawn_unasked():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -125,6 +126,16 @@ def test_mixed_environments_are_refused_unless_told(study):
     with pytest.raises(IncompleteStudyError, match=r"different environments.*torch"):
         check_environments(folders)
     assert check_environments(folders, allow_mixed=True)["torch"] == "2 and 3"
+
+
+def test_exams_without_a_crop_are_not_due(study, split):
+    uncropped = pd.DataFrame({"study_id": ["e"], "patient_id": ["u"], "fold": [1], "label": pd.array([0], "Int64")})
+    sealed = replace(split, table=pd.concat([split.table, uncropped], ignore_index=True))
+    with pytest.raises(IncompleteStudyError, match="4 slices, 5 are due"):
+        collect(*study, sealed)
+    analysed = sealed.of_studies(split.table["study_id"])
+    assert analysed.split_hash == sealed.split_hash
+    assert set(collect(*study, analysed)["study_id"]) == set("abcd")
 
 
 def test_holdout_table_has_no_label_and_one_row_per_model(study):

@@ -161,7 +161,7 @@ def test_listed_series_only_and_none_unless_all_are_there(store, tmp_path):
 
 def test_crop_lies_on_its_series(store, tmp_path):
     row = {"study_id": pseudonym("s", 1), "series_id": pseudonym("t", 1), "slice_index": [0, 2, 4]}
-    row |= {"box_row": 3, "box_column": 2}
+    row |= {"box_row": 3, "box_column": 2, "box_height": 6, "box_width": 6}
     pixels = SliceStore.open(store).read(row["series_id"])[[0, 2, 4], 3:9, 2:8]
     crops = Crops(pixels[None], pd.DataFrame([row]), pd.DataFrame(), "hash", tmp_path)
     assert export_crops(SliceStore.open(store), crops, tmp_path / "crops", "nifti") == 1

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from result_factory import make_result
+from result_factory import make_provenance, make_result
 
 from lbp_ray.report import render_console, write_report
 from lbp_ray.report.__main__ import main
@@ -278,6 +278,40 @@ def test_verdict_reads_the_permutations(result):
     assert "stands out with 1 slice (p = 0.005) and 3 slices (p = 0.005)" in text
     assert "does not stand out with 5 slices (p = 0.210)" in text
     assert "With 5 slices the shuffled labels do not average 0.50" in text
+
+
+def test_page_counts_crop_sources_and_says_that_they_do_not_know_the_label(page):
+    text = page.text.replace("\u00a0", " ")
+    assert "not distinguishable between symptomatic and asymptomatic studies (p = 0.970, 4999 shuffles" in text
+    rows = {
+        "placed or corrected by hand": (2, 1),
+        "final segmenter": (38, 25),
+        "segmenter, out of fold": (56, 38),
+        "no crop: roi_several_components": (1, 1),
+    }
+    for name, (negative, positive) in rows.items():
+        assert f"{name}{negative}{positive}" in text
+    assert "Dice of 0.951 (standard error ± 0.002 over 110 images and ± 0.004 over 5 folds)" in text
+    assert "a fixed mean box reaches 0.712. Its centroids are off by 1.4 mm (median) and 3.9 mm" in text
+
+
+def test_sources_that_know_the_label_are_in_the_verdict(result):
+    assert "crops" not in " ".join(verdict_sentences(result))
+    biased = result.model_copy(update={"crops": make_provenance(p_value=0.0002)})
+    text = " ".join(verdict_sentences(biased)).replace("\u00a0", " ")
+    assert "Warning: the sources of the crops (placed or corrected by hand, final segmenter and segmenter, out" in text
+    assert "differ between symptomatic and asymptomatic studies (p < 0.001" in text
+    assert "Warning" in render_console(biased)
+
+
+def test_crops_of_one_source_and_results_without_any(result, tmp_path):
+    sources = make_provenance().sources[:1]
+    one = make_provenance(sources=sources, statistic=None, p_value=None, segmenter=None, excluded=())
+    page = Page(write_report(result.model_copy(update={"crops": one}), tmp_path / "one").read_text())
+    assert "All crops have one source, placed or corrected by hand: it cannot tell the classes apart." in page.text
+    page = Page(write_report(result.model_copy(update={"crops": None}), tmp_path / "none").read_text())
+    assert page.faults == []
+    assert "crops" not in page.ids
 
 
 @pytest.mark.parametrize(

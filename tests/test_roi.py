@@ -1,77 +1,23 @@
+"""Boxes: where they lie, which slices they take, what becomes of their pixels, and what a person may override."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from lbp_ray.annotations import LEVELS, AnnotationError, Rectangle, mask_centroid, read_annotations, union_mask
-from lbp_ray.roi import Excluded, choose_neighbours, place_box
-
-
-def cvat(tmp_path, boxes, name="aaa/bbb/7.png"):
-    lines = [f'<box label="{label}" xtl="{a}" ytl="{b}" xbr="{c}" ybr="{d}"/>' for label, a, b, c, d in boxes]
-    path = tmp_path / "annotations.xml"
-    path.write_text(
-        f'<annotations><image id="0" name="{name}" width="64" height="64">{"".join(lines)}</image></annotations>'
-    )
-    return path
-
-
-FIVE = [(level, 10, 10 * row, 20, 10 * row + 10) for row, level in enumerate(LEVELS)]
-
-
-def test_five_rectangles_are_read_in_order(tmp_path):
-    (found,) = read_annotations(cvat(tmp_path, FIVE[::-1]))
-    assert (found.study_id, found.series_id, found.slice_index, found.fault) == ("aaa", "bbb", 7, "")
-    assert found.rectangles[0] == Rectangle(10, 0, 20, 10)
-
-
-@pytest.mark.parametrize(
-    ("boxes", "fault"),
-    [
-        (FIVE[:4], "missing_L5S1"),
-        ([*FIVE, FIVE[0]], "repeated_L1L2"),
-        ([*FIVE, ("S1S2", 0, 0, 1, 1)], "unknown_label"),
-        ([*FIVE[:4], ("L5S1", 5, 5, 5, 9)], "empty_rectangle"),
-        ([], "+".join(f"missing_{level}" for level in LEVELS)),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
+from lbp_ray.box import (
+    Box,
+    Excluded,
+    choose_neighbours,
+    original_box,
+    place_box,
+    resize,
+    shift_mm,
+    size_in_pixels,
 )
-def test_faulty_images_say_why(tmp_path, boxes, fault):
-    (found,) = read_annotations(cvat(tmp_path, boxes))
-    assert found.fault == fault
-    assert found.rectangles == ()
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [("<annotations>", "not XML"), ("<dataset/>", "root must be <annotations>")],
-)
-def test_unreadable_file(tmp_path, text, match):
-    (tmp_path / "a.xml").write_text(text)
-    with pytest.raises(AnnotationError, match=match):
-        read_annotations(tmp_path / "a.xml")
-
-
-def test_unlinked_names_and_absent_file_are_refused(tmp_path):
-    with pytest.raises(AnnotationError, match=r"preprocess link"):
-        read_annotations(cvat(tmp_path, FIVE, name="1.2.840.1.png"))
-    with pytest.raises(AnnotationError, match="annotation file not found"):
-        read_annotations(tmp_path / "none.xml")
-
-
-def test_union_counts_overlap_once():
-    mask = union_mask((Rectangle(0, 0, 4, 4), Rectangle(2, 0, 6, 4)), (8, 8))
-    assert mask.sum() == 24
-    assert mask_centroid(mask) == (2.0, 3.0)
-
-
-def test_pixel_belongs_when_its_centre_does():
-    assert union_mask((Rectangle(0.6, 0.4, 1.6, 1.6),), (3, 3)).nonzero()[0].tolist() == [0, 1]
-
-
-def test_rectangles_outside_the_image_are_refused():
-    with pytest.raises(AnnotationError, match="covers no pixel"):
-        mask_centroid(union_mask((Rectangle(90, 90, 99, 99),), (8, 8)))
+from lbp_ray.overrides import Override, OverrideError, OverrideTargets, read_overrides
+from preprocess.geometry import canonical_pixels, canonical_point
 
 
 @pytest.mark.parametrize(
@@ -111,3 +57,114 @@ def test_missing_neighbour_excludes_the_study(positions, middle):
     with pytest.raises(Excluded, match=r"no slice within 1 mm of [+-]4 mm") as caught:
         choose_neighbours(np.array(positions), middle, OFFSETS, tolerance_mm=1)
     assert caught.value.reason == "neighbour_missing"
+
+
+def test_shift_is_measured_in_millimetres():
+    box = place_box((2, 50), (100, 100), height=20, width=10)
+    assert shift_mm(box, (2, 50), (2.0, 1.0)) == 16.0
+    assert shift_mm(place_box((50, 3), (100, 100), height=20, width=10), (50, 3), (2.0, 0.5)) == 1.0
+
+
+def test_physical_size_becomes_whole_pixels():
+    assert size_in_pixels((200.0, 100.0), (0.5, 0.5)) == (400, 200)
+    assert size_in_pixels((200.0, 100.0), (0.7, 0.3)) == (286, 333)
+
+
+# --- the way back to the DICOM pixel grid ----------------------------------------------------------------------------
+
+ALL_FLIPS = [(t, r, c) for t in (False, True) for r in (False, True) for c in (False, True)]
+
+
+@pytest.mark.parametrize("flips", ALL_FLIPS, ids=str)
+def test_the_original_box_holds_the_same_pixels_of_the_file(flips):
+    file_HW = np.arange(9 * 14).reshape(9, 14)
+    transpose, flip_rows, flip_columns = flips
+    stored_HW = canonical_pixels(file_HW, transpose=transpose, flip_rows=flip_rows, flip_columns=flip_columns)
+    box = Box(2, 1, 5, 4)
+    back = original_box(box, stored_HW.shape, flips)
+    again = canonical_pixels(back.cut(file_HW), transpose=transpose, flip_rows=flip_rows, flip_columns=flip_columns)
+    np.testing.assert_array_equal(again, box.cut(stored_HW))
+    corners = [canonical_point(back.row + r, back.column + c, stored_HW.shape, flips) for r, c in ((0, 0), (back[2:]))]
+    assert sorted(corners)[0][0] == box.row
+    assert {row for row, _ in corners} == {2, 7}
+    assert {column for _, column in corners} == {1, 5}
+
+
+# --- resampling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40, 20), (13, 31), (100, 55), (64, 48)], ids=str)
+def test_resampling_equals_torch_with_antialiasing(shape):
+    pixels = np.random.default_rng(0).integers(0, 4000, (3, 64, 48)).astype(np.uint16)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(pixels.astype(np.float64))[None], size=shape, mode="bilinear", antialias=True
+    )[0].numpy()
+    resampled = resize(pixels, shape)
+    assert resampled.dtype == np.uint16
+    assert resampled.shape == (3, *shape)
+    assert np.abs(resampled - expected).max() <= 0.5 + 1e-6
+
+
+def test_resampling_keeps_extreme_values():
+    full = np.full((1, 9, 7), 65535, np.uint16)
+    assert (resize(full, (20, 3)) == 65535).all()
+    low = np.full((1, 9, 7), -32768, np.int16)
+    assert (resize(low, (4, 30)) == -32768).all()
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+TARGETS = OverrideTargets(shapes=dict.fromkeys("abcd", (16, 12)), masks=frozenset("abd"), corrected=frozenset("d"))
+
+
+def override_file(tmp_path, *rows, header="study_id,action,centre_row,centre_column"):
+    path = tmp_path / "overrides.csv"
+    path.write_text("\n".join([header, *rows]) + "\n")
+    return path
+
+
+def test_overrides_are_read_by_study(tmp_path):
+    path = override_file(tmp_path, "a,use,,", "b,exclude,,", "c,centre,7.5,3")
+    assert read_overrides(path, TARGETS) == {
+        "a": Override("use"),
+        "b": Override("exclude"),
+        "c": Override("centre", (7.5, 3.0)),
+    }
+
+
+def test_further_columns_are_ignored(tmp_path):
+    path = override_file(tmp_path, "note,exclude,a,,", header="note,action,study_id,centre_row,centre_column")
+    assert read_overrides(path, TARGETS) == {"a": Override("exclude")}
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ("1.2.840.99,use,,", "line 3: study_id names no study"),
+        ("b,crop,,", "line 3: action must be use, exclude or centre"),
+        ("c,use,,", "line 3: there is no predicted mask to use: give a centre"),
+        ("d,exclude,,", "line 3: its study also has a corrected mask in paths.roi_corrections"),
+        ("b,centre,,3", "line 3: centre_row and centre_column must be numbers"),
+        ("b,centre,nan,3", "line 3: centre_row and centre_column must be numbers"),
+        ("b,centre,17,3", r"line 3: the centre lies outside the image of 16 x 12"),
+        ("b,use,4,3", "line 3: centre_row and centre_column belong to the action centre only"),
+        ("a,exclude,,", "line 2: its study stands on 2 lines; line 3: its study stands on 2 lines"),
+        ("b", "line 3: action must be"),
+    ],
+)
+def test_bad_overrides_are_told_by_line_and_quote_nothing(tmp_path, row, fault):
+    with pytest.raises(OverrideError, match=fault) as caught:
+        read_overrides(override_file(tmp_path, "a,use,,", row), TARGETS)
+    assert "1.2.840" not in str(caught.value)
+
+
+def test_all_bad_overrides_are_told_at_once(tmp_path):
+    with pytest.raises(OverrideError, match=r"2 faulty row\(s\), no override was applied: line 2.*line 3"):
+        read_overrides(override_file(tmp_path, "z,use,,", "b,crop,,"), TARGETS)
+
+
+def test_override_files_that_are_none(tmp_path):
+    with pytest.raises(OverrideError, match="FileNotFoundError"):
+        read_overrides(tmp_path / "none.csv", TARGETS)
+    with pytest.raises(OverrideError, match=r"lacks the column\(s\) centre_row, centre_column"):
+        read_overrides(override_file(tmp_path, header="study_id,action"), TARGETS)

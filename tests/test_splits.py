@@ -3,13 +3,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from store_factory import make_record, make_store, pseudonym
+from cohort_factory import make_cohort, prepared, sealed_exams
+from store_factory import pseudonym
 
-from lbp_ray.annotations import LEVELS
-from lbp_ray.prepare import find_midsagittal_artefact, prepare
+from lbp_ray.prepare import find_midsagittal_artefact
 from lbp_ray.runs import RunError
 from lbp_ray.splits import HOLDOUT, SplitError, check_split, holdout_commitment, make_split, split_hash
-from lbp_ray.study import StudyConfig
 from preprocess.mapper import map_here
 from preprocess.midsagittal.choose import choose_for_store
 from preprocess.store.read import SliceStore
@@ -111,68 +110,24 @@ def test_too_few_patients_without_a_template_are_refused():
         make_split(exams, folds=5, holdout_fraction=0.1, seed=0, never_holdout=never)
 
 
-NUM_EXAMS = 16
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A linked cohort of tiny exams, labels alternating."""
-    root = tmp_path_factory.mktemp("data")
-    generator = np.random.default_rng(0)
-    series, answers, images = [], [], []
-    for number in range(NUM_EXAMS):
-        pixels = generator.integers(1, 999, (5, 16, 12)).astype(np.uint16)
-        series.append((make_record(number, pixels), pixels))
-        pain = number % 2
-        ids = {"study_id": pseudonym("s", number), "patient_id": pseudonym("p", number)}
-        grades = {"frequency": 4 * pain, "intensity": 8 * pain, "previous_episodes": pain, "pain_now": pain}
-        answers.append({**ids, "low_back_pain": 1 + pain, **grades})
-        boxes = "".join(f'<box label="{level}" xtl="3" ytl="4" xbr="9" ybr="12"/>' for level in LEVELS)
-        name = f"{ids['study_id']}/{pseudonym('t', number)}/2.png"
-        images.append(f'<image name="{name}" width="12" height="16">{boxes}</image>')
-    make_store(root / "x.zarr", series)
-    pd.DataFrame(answers).to_csv(root / "questionnaire.csv", index=False)
-    (root / "annotations.xml").write_text(f"<annotations>{''.join(images)}</annotations>")
-    return root
-
-
-def prepared(data, runs, owners, **changes):
-    """Prepare a study whose templates are slices of the given exams."""
-    slices = [(pseudonym("t", number), 2) for number in owners]
-    midsagittal = choose_for_store(data / "x.zarr", runs / "midsagittal", slices, map_here)
-    files = {"store": "x.zarr", "questionnaire": "questionnaire.csv", "annotations": "annotations.xml"}
-    paths = {**{name: data / file for name, file in files.items()}, "midsagittal": midsagittal, "runs": runs}
-    settings = {
-        "name": "small",
-        "paths": paths,
-        "roi": {"width_px": 6, "height_px": 8},
-        "split": {"folds": 2, "holdout_fraction": 0.25},
-        "slice_counts": (1,),
-        "recipe": {"weights": "random"},
-        "compute": {"verbose": False},
-    }
-    return prepare(StudyConfig.model_validate(settings | changes))
-
-
-def sealed_exams(study):
-    names = [pseudonym("s", number) for number in range(NUM_EXAMS)]
-    table = study.split.table
-    return [names.index(study_id) for study_id in table.loc[table["fold"] == HOLDOUT, "study_id"]]
+    return make_cohort(tmp_path_factory.mktemp("data"))
 
 
 def test_a_study_never_seals_its_template_patients(data, tmp_path):
-    usual = sealed_exams(prepared(data, tmp_path / "a", [0, 1], midsagittal={"allow_holdout_templates": True}))
+    usual = sealed_exams(prepared(data, tmp_path / "a", midsagittal={"allow_holdout_templates": True}).split)
     study = prepared(data, tmp_path / "b", usual[:2])
-    assert not set(sealed_exams(study)) & set(usual[:2])
+    assert not set(sealed_exams(study.split)) & set(usual[:2])
     assert study.statements == ()
 
 
 def test_templates_of_sealed_patients_are_refused_unless_allowed_and_then_stated(data, tmp_path):
-    sealed = sealed_exams(prepared(data, tmp_path, [0, 1]))
+    sealed = sealed_exams(prepared(data, tmp_path).split)
     with pytest.raises(SplitError, match=rf"patient {pseudonym('p', sealed[0])} .*choose templates of other patients"):
         prepared(data, tmp_path, [*sealed[:1], 0, 1])
     study = prepared(data, tmp_path, [*sealed[:1], 0, 1], midsagittal={"allow_holdout_templates": True})
-    assert sealed_exams(study) == sealed
+    assert sealed_exams(study.split) == sealed
     assert "1 patient(s) of the sealed hold-out gave template slices" in study.statements[0]
 
 

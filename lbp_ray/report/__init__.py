@@ -5,6 +5,7 @@ Everything here reads a `StudyResult` and nothing else, so a saved result can be
 
 - ``checks``: refuses a result that cannot be reported (NaN, no slice count, a missing metric, curves that do not fit).
 - ``words``: names, number formats and what a label-blind guess would score; shared by all that follows.
+- ``provenance``: where crops come from, and whether that depends on the label.
 - ``verdict``: the plain-language paragraph and the "not distinguishable here" sentences.
 - ``theme``: colours, type and deterministic SVG, for the page (light and dark) and for publication.
 - ``figures``: estimates: overview, eight metrics, score distributions, confusion matrices, folds, permutation null.

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from lbp_ray.report.checks import check_reportable
 from lbp_ray.report.gallery import Picture, draw_all, sample_sizes, trial_count
+from lbp_ray.report.provenance import crop_sentences, source_name
 from lbp_ray.report.tables import ALL_METRICS, metrics_csv, metrics_markdown
 from lbp_ray.report.theme import inline_svg
 from lbp_ray.report.verdict import INTERVAL_EXPLANATION, INTERVAL_MEANING, comparison, verdict_sentences
@@ -123,7 +124,7 @@ def render_page(result: StudyResult, pictures: dict[str, Picture], contact_sheet
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "slices": slices}
+    environment.filters |= {"number": number, "slices": slices, "source_name": source_name}
     inlined = {name: Markup(inline_svg(picture.svg, name)) for name, picture in pictures.items()}
     return environment.get_template(TEMPLATE).render(
         result=result,
@@ -143,6 +144,7 @@ def render_page(result: StudyResult, pictures: dict[str, Picture], contact_sheet
         sizes=sample_sizes(result),
         trials=trial_count(result),
         config=flattened(result.config),
+        crop_sentences=crop_sentences(result),
         contact_sheet=None if contact_sheet is None else base64.b64encode(contact_sheet).decode(),
     )
 

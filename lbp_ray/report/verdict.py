@@ -8,6 +8,7 @@ from __future__ import annotations
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from lbp_ray.report.provenance import association_warning
 from lbp_ray.report.words import bounds, by_slices, interval_level, listed, metric, number, p_value, slices
 
 if TYPE_CHECKING:
@@ -46,13 +47,15 @@ def verdict_sentences(result: StudyResult) -> list[str]:
     Returns
     -------
     list of str
-        Sentences in reading order: chance, ceiling (synthetic cohorts), permutations, slice counts, intervals.
+        Sentences in reading order: chance, ceiling (synthetic cohorts), permutations, slice counts, crop sources that
+        differ between the classes, intervals.
     """
     return [
         *_chance_sentences(result),
         *_ceiling_sentences(result),
         *_permutation_sentences(result),
         *_comparison_sentences(result),
+        *association_warning(result),
         INTERVAL_MEANING,
     ]
 

@@ -1,0 +1,91 @@
+"""The split alone: drawn before anything is cropped, described without a sealed label, and found again."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from cohort_factory import NUM_EXAMS, TEMPLATES, choose_middle, make_cohort, prepared, sealed_exams, study_config
+from store_factory import pseudonym
+
+from lbp_ray.prepare import seal
+from lbp_ray.seal import main
+from lbp_ray.splits import HOLDOUT, make_split
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_cohort(tmp_path_factory.mktemp("data"))
+
+
+def config_file(data, tmp_path, **paths):
+    config = study_config(data, tmp_path)
+    path = tmp_path / "study.yaml"
+    content = config.model_dump(mode="json", include={"name", "paths", "roi", "split", "slice_counts"})
+    content["paths"] |= paths
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_command_prints_folder_and_folds_and_no_sealed_label(data, tmp_path, capsys):
+    arguments = ["--config", str(config_file(data, tmp_path))]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    (folder,) = (tmp_path / "small" / "splits").iterdir()
+    assert str(folder) in printed
+    assert "  hold-out: 4 studies of 4 patients, sealed by " in printed
+    assert "  fold 0: 6 studies of 6 patients, 3 symptomatic\n  fold 1: 6 studies" in printed
+    assert len([line for line in printed.splitlines() if "symptomatic" in line]) == 2
+    assert pd.read_parquet(folder / "split.parquet").query("fold == -1")["label"].isna().all()
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == printed
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_nothing_else_is_made_and_no_crop_is_needed(data, tmp_path):
+    path = config_file(data, tmp_path, annotations=str(tmp_path / "not_drawn_yet.xml"))
+    assert main(["--config", str(path), "recipe.weights=/nowhere.pt"]) == 0
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["small", "study.yaml"]
+
+
+def test_command_explains_what_it_cannot_do(data, tmp_path, capsys):
+    assert main(["--config", str(config_file(data, tmp_path)), "split.folds=9"]) == 2
+    assert capsys.readouterr().err.startswith("error: 9 folds and a hold-out need at least 10 patients of each class")
+
+
+def test_a_study_finds_the_split_that_was_sealed(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("lbp_ray.prepare.load_backbone_weights", lambda *_, **__: {"weight": torch.zeros(1)})
+    sealed = seal(study_config(data, tmp_path)).split
+    study = prepared(data, tmp_path)
+    assert study.split.folder == sealed.folder
+    pd.testing.assert_frame_equal(study.analysed.table, sealed.table)
+
+
+def test_the_split_is_drawn_whatever_can_be_cropped(tmp_path, monkeypatch):
+    """Annotations come and go; who is sealed stays, and is who would be sealed if every exam had a crop."""
+    monkeypatch.setattr("lbp_ray.prepare.load_backbone_weights", lambda *_, **__: {"weight": torch.zeros(1)})
+    data = make_cohort(tmp_path / "data", annotated=range(12))
+    study = prepared(data, tmp_path)
+    questionnaire = pd.read_csv(data / "questionnaire.csv").sort_values("study_id", ignore_index=True)
+    exams = questionnaire[["study_id", "patient_id"]].assign(label=questionnaire["pain_now"])
+    templates = frozenset(pseudonym("p", number) for number in TEMPLATES)
+    expected = make_split(exams, folds=2, holdout_fraction=0.25, seed=0, never_holdout=templates)
+    pd.testing.assert_frame_equal(study.split.table[["study_id", "patient_id", "fold"]], expected)
+    assert len(study.analysed.table) == 12 < len(study.split.table) == NUM_EXAMS
+
+
+def test_exams_without_a_middle_slice_are_in_no_split(data, tmp_path):
+    config = study_config(data, tmp_path)
+    middle = choose_middle(data, tmp_path)
+    copy = tmp_path / "middle"
+    copy.mkdir()
+    for path in middle.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    table = pd.read_parquet(copy / "midsagittal.parquet")
+    table[3:].to_parquet(copy / "midsagittal.parquet")
+    paths = config.paths.model_copy(update={"midsagittal": copy})
+    split = seal(config.model_copy(update={"paths": paths})).split
+    assert set(split.table["study_id"]) == set(table["study_id"][3:])
+    assert (split.table["fold"] == HOLDOUT).sum() == len(sealed_exams(split)) == 4
