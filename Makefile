@@ -7,10 +7,11 @@ export RAY_USAGE_STATS_ENABLED = 0
 export PYTHONUNBUFFERED = 1
 HEAD_FOLDER ?= $(shell mktemp -d /tmp/ray-XXXX)
 
-.PHONY: help demo test test-slow lint bench head clean-demo
+.PHONY: help demo demo-roi test test-slow lint bench head clean-demo
 
 help:
 	@echo "make demo       synthetic DICOM -> store -> trials -> report, under $(LBP_RAY_ROOT)"
+	@echo "make demo-roi   the region finder on a synthetic cohort of its own (about 15 minutes), under demo-roi/"
 	@echo "make test       the tests (under 10 minutes on 2 cores)"
 	@echo "make test-slow  the slow ones: kill -9 at many moments, 20 other cohorts"
 	@echo "make lint       ruff and mypy"
@@ -33,11 +34,21 @@ demo: $(VENV)/.installed
 	  --cvat $(LBP_RAY_ROOT)/phantom/annotations.xml
 	$(BIN)/python -m lbp_ray.tune --config configs/demo.yaml
 
+demo-roi: export LBP_RAY_ROOT = $(CURDIR)/demo-roi
+demo-roi: $(VENV)/.installed
+	$(BIN)/python -m lbp_ray.phantom --config configs/phantom_roi.yaml
+	$(BIN)/python -m preprocess $(LBP_RAY_ROOT)/phantom/dicom --out $(LBP_RAY_ROOT)/store.zarr \
+	  --templates $(LBP_RAY_ROOT)/phantom/templates.csv --key-file $(LBP_RAY_ROOT)/phantom/pseudonym.key
+	$(BIN)/python -m preprocess link $(LBP_RAY_ROOT)/store.zarr --out $(LBP_RAY_ROOT)/linked \
+	  --csv $(LBP_RAY_ROOT)/phantom/questionnaire.csv --cvat $(LBP_RAY_ROOT)/phantom/annotations.xml
+	$(BIN)/python -m lbp_ray.seal --config configs/demo.yaml
+	$(BIN)/python -m lbp_ray.segment --config configs/roi_demo.yaml
+
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not slurm and not multihost and not browser and not gpu'
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m 'slow or slurm or multihost or browser or gpu'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow or slurm or multihost or browser or gpu'
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -55,4 +66,4 @@ head: $(VENV)/.installed
 	  --dashboard-host=127.0.0.1 --dashboard-agent-listen-port=0 --temp-dir=$(HEAD_FOLDER) $(HEAD_OPTIONS)
 
 clean-demo:
-	rm -rf $(CURDIR)/demo
+	rm -rf $(CURDIR)/demo $(CURDIR)/demo-roi

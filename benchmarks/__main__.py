@@ -8,7 +8,7 @@ import platform
 import sys
 from typing import TYPE_CHECKING
 
-from benchmarks import frozen_stage, phantom_speed, preprocess_memory, preprocess_speed
+from benchmarks import frozen_stage, phantom_speed, preprocess_memory, preprocess_speed, roi_masks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, Callable[[], Iterator[dict[str, object]]]] = {
     "phantom_speed": phantom_speed.measure,
     "preprocess_speed": preprocess_speed.measure,
     "preprocess_memory": preprocess_memory.measure,
+    "roi_masks": roi_masks.measure,
 }
 
 

@@ -102,13 +102,14 @@ def _against_others(tree: Path, out: Path, num_slices: int) -> Iterator[dict[str
             ratios = np.array(seconds[ours]) / np.array(seconds[name])
             yield {
                 "figure": f"CPU of {ours} / {name}, {num_slices} slices of 512 x 512",
-                **_spread(ratios),
+                **spread(ratios),
                 "limit": round(LIMITS[name], 3),
                 "slices_per_cpu_s": {key: round(num_slices / min(seconds[key])) for key in (ours, name)},
             }
 
 
-def _spread(values: np.ndarray) -> dict[str, float]:
+def spread(values: np.ndarray | list[float]) -> dict[str, float]:
+    """Smallest, median and largest of the rounds' ratios."""
     low, middle, high = np.quantile(values, [0, 0.5, 1])
     return {"min": round(float(low), 3), "median": round(float(middle), 3), "max": round(float(high), 3)}
 
@@ -200,7 +201,7 @@ def _second_worker(tree: Path, out: Path, num_slices: int) -> Iterator[dict[str,
     speedups = np.array(seconds[1]) / np.array(seconds[2])
     yield {
         "figure": f"wall of one worker / of two, {num_slices} slices of 512 x 512",
-        **_spread(speedups),
+        **spread(speedups),
         "limit": 1.7,
         "seconds": {str(workers): round(float(np.median(values)), 2) for workers, values in seconds.items()},
     }

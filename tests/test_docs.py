@@ -17,17 +17,13 @@ from pydantic_core import PydanticUndefined
 from lbp_ray import study
 from lbp_ray.config import ConfigError, FrozenModel, load_config
 from lbp_ray.out_of_fold import OUT_OF_FOLD_COLUMNS
+from lbp_ray.phantom.config import PhantomConfig
+from lbp_ray.segment.config import SegmentConfig
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-SECTIONS = {
-    "": study.StudyConfig,
-    **{
-        name: field.annotation
-        for name, field in study.StudyConfig.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, FrozenModel)
-    },
-}
+REFERENCES = {"reference-config.md": study.StudyConfig, "reference-roi.md": SegmentConfig}
+"""Page → the configuration that it lists."""
 
 
 def blocks(text):
@@ -68,6 +64,9 @@ def test_commands_were_found():
         "lbp_ray.phantom",
         "lbp_ray.predict",
         "lbp_ray.report",
+        "lbp_ray.seal",
+        "lbp_ray.segment",
+        "lbp_ray.segment.export",
         "lbp_ray.tune",
         "preprocess",
     }
@@ -85,11 +84,9 @@ def test_module_and_its_options_exist(line):
 
 @pytest.mark.parametrize("line", [param for param in PYTHON if "--config configs/" in param.values[0]])
 def test_configuration_and_overrides_load(line, monkeypatch):
-    from lbp_ray.phantom.config import PhantomConfig
-
     monkeypatch.setenv("LBP_RAY_ROOT", "/data")
     module, *arguments = words_after(line, "python -m ")
-    model = PhantomConfig if module == "lbp_ray.phantom" else study.StudyConfig
+    model = {"lbp_ray.phantom": PhantomConfig, "lbp_ray.segment": SegmentConfig}.get(module, study.StudyConfig)
     overrides = [word for word in arguments if re.match(r"[a-z_.]+=", word)]
     assert load_config(model, ROOT / arguments[arguments.index("--config") + 1], overrides)
 
@@ -114,22 +111,28 @@ def test_shell_blocks_parse(page):
         assert checked.returncode == 0, checked.stderr
 
 
-def documented_keys():
-    text = (ROOT / "docs/reference-config.md").read_text()
+def documented_keys(page):
+    text = (ROOT / "docs" / page).read_text()
     return dict(re.findall(r"^\| `([a-z_.]+)` \| .*? \| (.*?) \| ", text, flags=re.MULTILINE))
 
 
-def real_keys():
-    for section, model in SECTIONS.items():
+def real_keys(whole):
+    sections = {
+        name: field.annotation
+        for name, field in whole.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, FrozenModel)
+    }
+    for section, model in {"": whole, **sections}.items():
         for name, field in model.model_fields.items():
-            if section or name not in SECTIONS:
+            if section or name not in sections:
                 default = field.default if isinstance(field.default, str) else json.dumps(field.default, default=str)
                 shown = "required" if field.default is PydanticUndefined else f"`{default}`"
                 yield (f"{section}.{name}" if section else name), shown
 
 
-def test_every_key_is_documented_with_its_default():
-    assert documented_keys() == dict(real_keys())
+@pytest.mark.parametrize("page", REFERENCES)
+def test_every_key_is_documented_with_its_default(page):
+    assert documented_keys(page) == dict(real_keys(REFERENCES[page]))
 
 
 def test_out_of_fold_columns_are_documented_in_order():

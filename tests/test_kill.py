@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import test_segment_run
 from river import ROOT, expect, prepare_cohort, run, start, study_arguments, tables
 
 from preprocess.job import NODE_LOST_STATUS
@@ -66,7 +67,7 @@ def test_commit_points_are_all_known():
     named = set(re.findall(r'committed_directory\([^)]*point="(\w+)"', source))
     single = set(re.findall(r'commit_point\("([\w:-]+)"\)', source)) - {"phantom"}
     expected = {f"{name}:{side}-rename" for name in named - {"phantom"} for side in ("before", "after")} | single
-    assert expected == {*DRIVER_POINTS, *WORKER_POINTS}
+    assert expected == {*DRIVER_POINTS, *WORKER_POINTS, *test_segment_run.POINTS}
 
 
 @pytest.mark.slow

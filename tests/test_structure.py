@@ -78,10 +78,11 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 def test_every_config_loads(path, monkeypatch):
     from lbp_ray.config import load_config
     from lbp_ray.phantom.config import PhantomConfig
+    from lbp_ray.segment.config import SegmentConfig
     from lbp_ray.study import StudyConfig
 
     monkeypatch.setenv("LBP_RAY_ROOT", "/data")
-    model = PhantomConfig if path.name.startswith("phantom") else StudyConfig
+    model = {"phantom": PhantomConfig, "roi": SegmentConfig}.get(path.name.split("_")[0], StudyConfig)
     assert load_config(model, path)
     assert path.read_text().startswith("# ")
     assert "Run:" in path.read_text()

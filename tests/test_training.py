@@ -11,7 +11,7 @@ from study_factory import make_data, make_spec, random_backbone, with_features
 from lbp_ray.cell import TrialError, TrialPlace
 from lbp_ray.features import FeatureCacheError, extract, features_id
 from lbp_ray.nets.resnet import build_head, set_batchnorm_mode, standardise
-from lbp_ray.nets.weights import WeightsError, load_backbone_weights, weights_sha256
+from lbp_ray.nets.weights import RESNET50, VGG11_BN, WeightsError, load_backbone_weights, weights_sha256
 from lbp_ray.training import Resident, Training, batch_order, select_samples
 from lbp_ray.trial import run_trial
 
@@ -241,19 +241,24 @@ def test_weights_of_another_network_are_refused(tmp_path):
         load_backbone_weights(str(tmp_path / "other.pt"))
 
 
-def test_absent_imagenet_weights_never_fall_back_to_random(tmp_path, monkeypatch):
+IMAGENET_FILES = [(RESNET50, "resnet50-0676ba61.pth"), (VGG11_BN, "vgg11_bn-6002323d.pth")]
+
+
+@pytest.mark.parametrize(("architecture", "name"), IMAGENET_FILES, ids=lambda value: getattr(value, "title", ""))
+def test_absent_imagenet_weights_never_fall_back_to_random(tmp_path, monkeypatch, architecture, name):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    with pytest.raises(WeightsError, match=r"resnet50-0676ba61.pth where there is a network"):
-        load_backbone_weights("imagenet")
+    with pytest.raises(WeightsError, match=f"{name} where there is a network"):
+        load_backbone_weights("imagenet", architecture=architecture)
 
 
-def test_imagenet_weights_are_found_in_torch_home(tmp_path, monkeypatch):
-    """The real loading code on a file of our own under the expected name, its checksum switched off."""
-    from torchvision.models import ResNet50_Weights, resnet50
-
+@pytest.mark.parametrize(("architecture", "name"), IMAGENET_FILES, ids=lambda value: getattr(value, "title", ""))
+def test_imagenet_weights_are_found_in_torch_home(tmp_path, monkeypatch, architecture, name):
+    """The real loading code on a file of our own under the expected name; the loader checks sums of downloads only."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    torch.save(resnet50(weights=None).state_dict(), tmp_path / "hub" / "checkpoints" / "resnet50-0676ba61.pth")
-    assert ResNet50_Weights.IMAGENET1K_V1.url.endswith("resnet50-0676ba61.pth")
-    assert "fc.weight" not in load_backbone_weights("imagenet")
+    ours = load_backbone_weights("random", seed=1, architecture=architecture)
+    dropped = {f"{architecture.head_prefix}weight": torch.zeros(1)}
+    torch.save(ours | dropped, tmp_path / "hub" / "checkpoints" / name)
+    found = load_backbone_weights("imagenet", architecture=architecture)
+    assert weights_sha256(found) == weights_sha256(ours)

@@ -1,27 +1,47 @@
-"""Where a backbone's weights come from: ImageNet through torchvision, a local file, or a seeded random start."""
+"""Where a network's first weights come from: ImageNet through torchvision, a local file, or a seeded random start."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 
 import torch
-from torch import Tensor
-from torchvision.models import ResNet50_Weights, resnet50
+from torch import Tensor, nn
+from torchvision.models import ResNet50_Weights, VGG11_BN_Weights, resnet50, vgg11_bn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torchvision.models import WeightsEnum
 
 StateDict = dict[str, Tensor]
 
-HEAD_PREFIX = "fc."
-"""Parameters of ImageNet's own last layer, dropped on loading."""
+
+@dataclass(frozen=True)
+class Architecture:
+    """A torchvision network whose weights can be loaded."""
+
+    title: str
+    build: Callable[..., nn.Module]
+    imagenet: WeightsEnum
+    head_prefix: str
+    """Parameters of ImageNet's own last layers, dropped on loading."""
+
+
+RESNET50 = Architecture("ResNet50", resnet50, ResNet50_Weights.IMAGENET1K_V1, "fc.")
+
+VGG11_BN = Architecture("VGG11-BN", vgg11_bn, VGG11_BN_Weights.IMAGENET1K_V1, "classifier.")
 
 
 class WeightsError(ValueError):
     """Weights that are absent or do not fit the network."""
 
 
-def load_backbone_weights(source: str, *, seed: int = 0) -> StateDict:
-    """Load the ResNet50 backbone's state, without a last layer.
+def load_backbone_weights(source: str, *, seed: int = 0, architecture: Architecture = RESNET50) -> StateDict:
+    """Load a network's state, without ImageNet's last layers.
 
     Parameters
     ----------
@@ -30,6 +50,8 @@ def load_backbone_weights(source: str, *, seed: int = 0) -> StateDict:
         random start. Anything else: path of a ``torch.save``d state dict.
     seed
         Seed of the random start; ignored otherwise.
+    architecture
+        `RESNET50` or `VGG11_BN`.
 
     Returns
     -------
@@ -42,12 +64,12 @@ def load_backbone_weights(source: str, *, seed: int = 0) -> StateDict:
         If the file is absent, cannot be downloaded or does not fit. Nothing ever falls back to random weights.
     """
     if source == "random":
-        state = _random_state(seed)
+        state = _random_state(architecture, seed)
     elif source == "imagenet":
-        state = _imagenet_state()
+        state = _imagenet_state(architecture)
     else:
-        state = _file_state(Path(source))
-    return {name: value for name, value in state.items() if not name.startswith(HEAD_PREFIX)}
+        state = _file_state(architecture, Path(source))
+    return {name: value for name, value in state.items() if not name.startswith(architecture.head_prefix)}
 
 
 def weights_sha256(state: StateDict) -> str:
@@ -60,14 +82,14 @@ def weights_sha256(state: StateDict) -> str:
     return digest.hexdigest()
 
 
-def _random_state(seed: int) -> StateDict:
+def _random_state(architecture: Architecture, seed: int) -> StateDict:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return dict(resnet50(weights=None).state_dict())
+        return dict(architecture.build(weights=None).state_dict())
 
 
-def _imagenet_state() -> StateDict:
-    weights = ResNet50_Weights.IMAGENET1K_V1
+def _imagenet_state(architecture: Architecture) -> StateDict:
+    weights = architecture.imagenet
     target = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
     try:
         return dict(weights.get_state_dict(progress=False, check_hash=True))
@@ -80,18 +102,19 @@ def _imagenet_state() -> StateDict:
         raise WeightsError(msg) from error
 
 
-def _file_state(path: Path) -> StateDict:
+def _file_state(architecture: Architecture, path: Path) -> StateDict:
     if not path.is_file():
         msg = f"weights file not found: {path}; set recipe.weights to imagenet, random or the path of a state dict"
         raise WeightsError(msg)
     state = torch.load(path, map_location="cpu", weights_only=True)
-    expected = resnet50(weights=None).state_dict()
-    needed = {name for name in expected if not name.startswith(HEAD_PREFIX)}
+    with torch.device("meta"):
+        expected = architecture.build(weights=None).state_dict()
+    needed = {name for name in expected if not name.startswith(architecture.head_prefix)}
     absent = sorted(needed - set(state))
     wrong = sorted(name for name in needed & set(state) if state[name].shape != expected[name].shape)
     if absent or wrong:
         msg = (
-            f"{path} does not fit ResNet50: {len(absent)} parameter(s) absent (e.g. {absent[:2]}), "
+            f"{path} does not fit {architecture.title}: {len(absent)} parameter(s) absent (e.g. {absent[:2]}), "
             f"{len(wrong)} of another shape (e.g. {wrong[:2]}); torchvision's parameter names are required"
         )
         raise WeightsError(msg)

@@ -137,6 +137,34 @@ class SliceStore:
             raise _damaged(series_id, "its content is not what was committed")
         return pixels_SHW
 
+    def read_slice(self, series_id: str, index: int) -> np.ndarray:
+        """Read one slice of a series; its checksum is verified, the series' content hash is not.
+
+        Parameters
+        ----------
+        series_id
+            Pseudonym, as in the manifest.
+        index
+            Slice, from 0.
+
+        Returns
+        -------
+        numpy.ndarray
+            (H, W) int16 or uint16, oriented as in `read`.
+
+        Raises
+        ------
+        StoreError
+            If the series has no such slice.
+        IncompleteStoreError
+            If the shard is missing or the slice's checksum fails.
+        """
+        row = self._row(series_id)
+        if not 0 <= index < row["num_slices"]:
+            msg = f"series {series_id} has slices 0 to {row['num_slices'] - 1}, not {index}"
+            raise StoreError(msg)
+        return _read_array(series_path(self.path, row["study_id"], series_id), series_id, index)[1]
+
     def positions_mm(self, series_id: str) -> np.ndarray:
         """Signed position (S,) of each slice along the right → left normal, mm, relative to the first."""
         return np.array(self._row(series_id)["positions_mm"], dtype=np.float64)
@@ -148,12 +176,13 @@ class SliceStore:
         return cast("pd.Series[Any]", self._rows.loc[series_id])
 
 
-def _read_array(folder: Path, series_id: str) -> tuple[dict[str, Any], np.ndarray]:
+def _read_array(folder: Path, series_id: str, index: int | None = None) -> tuple[dict[str, Any], np.ndarray]:
+    """Read attributes and all slices, or one."""
     if not (folder / SHARD_NAME).is_file():
         raise _damaged(series_id, "its shard is missing")
     try:
         array = zarr.open_array(LocalStore(folder, read_only=True), mode="r")
-        return dict(array.attrs), np.asarray(array[...])
+        return dict(array.attrs), np.asarray(array[...] if index is None else array[index])
     except Exception as error:
         raise _damaged(series_id, f"reading failed ({type(error).__name__})") from error
 

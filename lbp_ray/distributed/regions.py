@@ -1,0 +1,229 @@
+"""A region finder spread over Ray: networks as Tune trials of Ray Train workers, masks by actors holding a network."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+from ray import tune
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.tune.integration.ray_train import TuneReportCallback
+from tqdm import tqdm
+
+from lbp_ray.segment.network import FoldPlace, FoldSpec, SegmentError, place_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from lbp_ray.runs import RunPaths
+    from lbp_ray.segment.config import RegionCompute
+    from lbp_ray.segment.masks import MaskShard, Network
+
+WAITING = {"memory": 1.0}
+"""What a trial takes that only waits for its network's workers: a byte, because Tune refuses to give nothing."""
+
+START_S = 300
+"""Seconds within which the workers of one network must have met each other."""
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Train one network as one of its workers; what Ray Train runs."""
+    from lbp_ray.segment.fold import train_fold
+
+    spec: FoldSpec = config["spec"]
+    place: FoldPlace = config["place"]
+    os.environ["OMP_NUM_THREADS"] = str(spec.recipe.threads)
+    given = {"checkpoint_s": config["checkpoint_s"], "device": str(get_device())}
+    for record in train_fold(spec, config["folder"], place, **given):
+        ray.train.report(asdict(record))
+
+
+def network_trial(
+    cells: dict[str, tuple[FoldSpec, FoldPlace]], folder: Path, compute: RegionCompute, storage: Path
+) -> Callable[[dict[str, str]], None]:
+    """Return the function that Tune runs once per network: it starts the network's workers and waits for them.
+
+    Parameters
+    ----------
+    cells
+        Specification and place of each network, by its name.
+    folder
+        Committed training set.
+    compute
+        Workers, GPUs and retries.
+    storage
+        Where Ray Train keeps its own records.
+    """
+
+    def trial(cell: dict[str, str]) -> None:
+        spec, place = cells[cell["name"]]
+        report: Any = TuneReportCallback()  # type: ignore[no-untyped-call]
+        gpus = {"GPU": compute.gpus_per_worker} if compute.gpus_per_worker else {}
+        TorchTrainer(
+            train_worker,
+            train_loop_config={
+                "spec": spec,
+                "place": place,
+                "folder": folder,
+                "checkpoint_s": compute.checkpoint_s,
+            },
+            torch_config=TorchConfig(timeout_s=START_S),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=spec.workers,
+                use_gpu=bool(gpus),
+                resources_per_worker={"CPU": spec.recipe.threads, **gpus},
+            ),
+            run_config=ray.train.RunConfig(
+                name=f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+                storage_path=str(storage),
+                failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
+                callbacks=[report],
+            ),
+        ).fit()
+
+    return trial
+
+
+class Progress(tune.Callback):
+    """One bar over the epochs of all networks, and a line per finished network."""
+
+    def __init__(self, *, total: int, disable: bool) -> None:
+        pace_s = 0.2 if sys.stderr.isatty() else 15.0
+        self._bar = tqdm(total=total, desc="networks", unit="epoch", disable=disable, mininterval=pace_s)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:  # noqa: ANN401
+        """Show the epoch that a network has just reported."""
+        self._bar.set_postfix_str(f"{trial} epoch {result['epoch']}: {_describe(result)}", refresh=False)
+        self._bar.update()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ANN401
+        """Print a finished network's last epoch."""
+        if not self._bar.disable:
+            self._bar.write(f"{trial} done after {trial.last_result['epoch']} epochs: {_describe(trial.last_result)}")
+
+    def on_experiment_end(self, trials: list[Any], **_: Any) -> None:  # noqa: ANN401
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+
+def _describe(result: dict[str, Any]) -> str:
+    dice = result["validation_dice"]
+    return f"train loss {result['train_loss']:.4f}" + ("" if dice is None else f", left-out Dice {dice:.3f}")
+
+
+def train_networks(specs: list[FoldSpec], folder: Path, paths: RunPaths, compute: RegionCompute) -> None:
+    """Train every network that is not committed yet.
+
+    Raises
+    ------
+    SegmentError
+        If no node or too small a cluster could hold one, or networks failed after all retries.
+    """
+    missing = [spec for spec in specs if not place_of(spec, paths).final.is_dir()]
+    if not missing:
+        return
+    at_once = _networks_at_once(missing[0], compute)
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the bar is the console; Tune's own boxes stay away
+    cells = {spec.name: (spec, place_of(spec, paths)) for spec in missing}
+    total = len(missing) * missing[0].recipe.epochs
+    trial = network_trial(cells, folder, compute, paths.tune / "train")
+    results = tune.Tuner(
+        tune.with_resources(trial, WAITING),
+        param_space={"name": tune.grid_search(list(cells))},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=at_once,
+            trial_name_creator=lambda trial: str(trial.config["name"]),
+            trial_dirname_creator=lambda trial: str(trial.config["name"]),
+        ),
+        run_config=tune.RunConfig(
+            name=time.strftime("%Y%m%d-%H%M%S"),
+            storage_path=str(paths.tune),
+            callbacks=[Progress(total=total, disable=not compute.verbose)],
+            verbose=0,
+        ),
+    ).fit()
+    unfinished = [spec.name for spec in missing if not place_of(spec, paths).final.is_dir()]
+    if results.errors or unfinished:
+        first = str(results.errors[0]).strip().splitlines()[-1] if results.errors else "no error was reported"
+        msg = (
+            f"{len(unfinished)} of {len(missing)} network(s) failed after {compute.max_failures} retries; the first: "
+            f"{first}; run the same command again to train only what is missing"
+        )
+        raise SegmentError(msg)
+
+
+def _networks_at_once(spec: FoldSpec, compute: RegionCompute) -> int:
+    """How many networks the cluster holds; more would each wait for workers that the others hold."""
+    needed = {"CPU": float(spec.recipe.threads), "GPU": compute.gpus_per_worker}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    workers = sum(min(int(node.get(name, 0.0) / amount) for name, amount in needed.items() if amount) for node in nodes)
+    if workers < spec.workers:
+        msg = (
+            f"a network needs {spec.workers} worker(s) of {needed}, the cluster holds {workers} such worker(s); "
+            "lower compute.workers, recipe.threads or compute.gpus_per_worker"
+        )
+        raise SegmentError(msg)
+    return workers // spec.workers
+
+
+@ray.remote(max_restarts=3, max_task_retries=3)
+class MaskWorker:
+    """Holds a network and a part of the store between shards."""
+
+    def run(self, shard: MaskShard, network: Network, store: Path, out: Path) -> int:
+        """Segment and commit one shard; return its number of slices."""
+        from lbp_ray.segment.masks import segment_shard
+
+        segment_shard(shard, network, store, out)
+        return len(shard.slices)
+
+
+def segment_store(
+    shards: dict[MaskShard, Path], networks: dict[int, Network], store: Path, *, gpus: float, progress: bool
+) -> None:
+    """Segment every shard that has no file yet: each is one named call of one actor, which alone writes it.
+
+    Parameters
+    ----------
+    shards
+        Shard → its file; those of a killed run are kept.
+    networks
+        Network of each fold.
+    store
+        Slice store.
+    gpus
+        GPUs of each actor.
+    progress
+        Show a progress bar with slices per second.
+    """
+    # Shards of one network stand together, so that an actor seldom loads another.
+    missing = sorted((shard for shard, path in shards.items() if not path.is_file()), key=lambda shard: shard.fold)
+    if not missing:
+        return
+    threads = networks[missing[0].fold].threads
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    room = int(resources.get("GPU", 0) / gpus) if gpus else int(resources.get("CPU", 1) / threads)
+    worker: Any = MaskWorker
+    idle = [worker.options(num_cpus=threads, num_gpus=gpus).remote() for _ in range(max(1, min(room, len(missing))))]
+    total = sum(len(shard.slices) for shard in shards)
+    left = sum(len(shard.slices) for shard in missing)
+    waiting = iter(enumerate(missing))
+    running: dict[Any, Any] = {}
+    with tqdm(total=total, initial=total - left, desc="masks", unit="slice", disable=not progress) as bar:
+        while True:
+            for actor, (number, shard) in zip(list(idle), waiting, strict=False):
+                call = actor.run.options(name=f"masks-{number:05d}")
+                running[call.remote(shard, networks[shard.fold], store, shards[shard])] = actor
+                idle.remove(actor)
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1)
+            for reference in done:
+                idle.append(running.pop(reference))
+                bar.update(ray.get(reference))
