@@ -8,14 +8,7 @@ The rooms, in the order the data meets them:
 - ``runs``: every path a run reads or writes.
 - ``cohort``: questionnaire to groups and labels.
 - ``splits``: sealed hold-out and stratified group folds; saved, hashed, refused if leaky.
-- ``annotations``: the lumbar region of annotated slices, as shapes, masks and centres.
-- ``contact_sheet``: a picture of what was cropped.
-- ``box``: one box per study: size, place, neighbours, resampling, and the way back to the DICOM pixel grid.
-- ``overrides``: what a person decides about crops, exam by exam.
-- ``centres``: where each box is centred: an annotation, a predicted mask, or a person's word.
-- ``provenance``: which regions a study may crop by, and what the report must say of them.
-- ``roi``: centres to fixed crops, written as a crops artefact with its review list.
-- ``regions``: lumbar masks of every exam, as the region finder committed them.
+- ``roi``: annotated shapes or predicted masks to one box per exam and its crops.
 - ``segment``: the region finder: annotated slices to out-of-fold masks; ``python -m lbp_ray.segment`` runs it.
 - ``export``: crops as NIfTI and PNG, in the coordinates of their series.
 - ``seal``: draws and commits a study's split before anything is trained; ``python -m lbp_ray.seal``.

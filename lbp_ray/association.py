@@ -94,7 +94,7 @@ def segmenter_scores(scores: pd.DataFrame) -> SegmenterScores:
     Parameters
     ----------
     scores
-        `lbp_ray.regions.SCORE_COLUMNS`; rows of a fold's own network (fold 0 and above) count.
+        `lbp_ray.roi.regions.SCORE_COLUMNS`; rows of a fold's own network (fold 0 and above) count.
     """
     out_of_fold = scores[scores["fold"] >= 0]
     dice, folds = out_of_fold["dice"], out_of_fold.groupby("fold")["dice"].mean()

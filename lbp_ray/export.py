@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lbp_ray.roi import Crops
+from lbp_ray.roi.crops import Crops
 from preprocess.store.export import FORMATS, Stack, export_stack
 from preprocess.store.read import SliceStore
 

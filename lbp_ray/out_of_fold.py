@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lbp_ray.cell import TrialSpec
     from lbp_ray.metrics import StudyRule
-    from lbp_ray.prepare import Split
+    from lbp_ray.splits import Split
 
 OUT_OF_FOLD_COLUMNS = (
     "recipe_id",

@@ -16,14 +16,14 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from lbp_ray.box import Box, Excluded, choose_neighbours
-from lbp_ray.centres import Centre, Flagged
 from lbp_ray.config import FrozenModel
-from lbp_ray.contact_sheet import tile
 from lbp_ray.metrics import study_scores, youden_threshold
 from lbp_ray.nets.resnet import build_backbone, build_head, standardise
-from lbp_ray.regions import FLAGS, MODEL, RegionsMeta
-from lbp_ray.roi import CropRequest, place_crop
+from lbp_ray.roi.box import Box, Excluded, choose_neighbours
+from lbp_ray.roi.centres import Centre, Flagged
+from lbp_ray.roi.contact_sheet import tile
+from lbp_ray.roi.crops import CropRequest, place_crop
+from lbp_ray.roi.regions import FLAGS, MODEL, RegionsMeta
 from lbp_ray.splits import HOLDOUT
 from preprocess.commit import write_atomic
 from preprocess.exam import ConvertedExam, convert_exam

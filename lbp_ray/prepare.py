@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lbp_ray.centres import annotated_centres, predicted_centres
 from lbp_ray.cohort import CohortError, label_exams
 from lbp_ray.nets.weights import load_backbone_weights, weights_sha256
-from lbp_ray.provenance import check_regions, find_regions, open_regions
 from lbp_ray.result import FunnelStep
-from lbp_ray.roi import CropRequest, Crops, build_crops
+from lbp_ray.roi.centres import annotated_centres, predicted_centres
+from lbp_ray.roi.crops import CropRequest, Crops, build_crops
+from lbp_ray.roi.provenance import check_regions, find_regions, open_regions
 from lbp_ray.runs import RunError, RunPaths
-from lbp_ray.splits import HOLDOUT, SplitError, check_split, holdout_commitment, make_split, split_hash
+from lbp_ray.splits import HOLDOUT, Split, SplitError, holdout_commitment, make_split, split_hash, training_labels
 from preprocess.commit import canonical_json, committed_directory, content_id
 from preprocess.midsagittal.choose import CONTRAST, load_midsagittal
 from preprocess.midsagittal.match import load_templates
@@ -25,42 +25,8 @@ from preprocess.store.read import SliceStore
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lbp_ray.regions import Regions
+    from lbp_ray.roi.regions import Regions
     from lbp_ray.study import RoiConfig, StudyConfig
-
-
-@dataclass(frozen=True)
-class Split:
-    """A committed split: folds of every exam that was drawn, and labels outside the hold-out only."""
-
-    table: pd.DataFrame
-    """``study_id``, ``patient_id``, ``fold``, ``label`` (missing in the hold-out)."""
-    split_hash: str
-    holdout_commitment: str
-    folder: Path
-
-    @classmethod
-    def open(cls, folder: Path) -> Split:
-        """Read a committed split; refuse one that leaks or was edited.
-
-        Raises
-        ------
-        lbp_ray.splits.SplitError
-            If a patient stands in two folds.
-        RunError
-            If the table does not match its hash.
-        """
-        table = pd.read_parquet(folder / "split.parquet")
-        meta = json.loads((folder / "split.json").read_text())
-        check_split(table)
-        if split_hash(table, _training_labels(table)) != meta["split_hash"]:
-            msg = f"{folder / 'split.parquet'} was changed after it was made; delete {folder} and run the study again"
-            raise RunError(msg)
-        return cls(table, meta["split_hash"], meta["holdout_commitment"], folder)
-
-    def of_studies(self, study_ids: pd.Series[str]) -> Split:
-        """Return the same split with the rows of some exams only."""
-        return replace(self, table=self.table[self.table["study_id"].isin(study_ids)].reset_index(drop=True))
 
 
 @dataclass(frozen=True)
@@ -306,7 +272,7 @@ def _split(config: StudyConfig, paths: RunPaths, task: pd.DataFrame, templates: 
         table = split.merge(exams[["study_id", "label"]], on="study_id")
         table["label"] = table["label"].astype("Int64").mask(table["fold"] == HOLDOUT)
         meta = {
-            "split_hash": split_hash(table, _training_labels(table)),
+            "split_hash": split_hash(table, training_labels(table)),
             "holdout_commitment": holdout_commitment(table),
         }
         with committed_directory(folder, point="split") as partial:
@@ -338,11 +304,6 @@ def _check_templates(config: StudyConfig, split: Split, templates: frozenset[str
         "midsagittal.allow_holdout_templates=true and have the report say so"
     )
     raise SplitError(msg)
-
-
-def _training_labels(table: pd.DataFrame) -> dict[str, int]:
-    inside = table[table["fold"] != HOLDOUT]
-    return dict(zip(inside["study_id"], inside["label"].astype(int).tolist(), strict=True))
 
 
 def _acquisition(manifest: pd.DataFrame) -> dict[str, str]:

@@ -17,7 +17,7 @@ from lbp_ray.splits import HOLDOUT
 from lbp_ray.study import StudyConfig
 
 if TYPE_CHECKING:
-    from lbp_ray.prepare import Split
+    from lbp_ray.splits import Split
 
 
 def describe_split(split: Split) -> str:

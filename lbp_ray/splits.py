@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +15,7 @@ from preprocess.commit import content_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
 HOLDOUT = -1
 """Fold number of exams in the sealed hold-out."""
@@ -150,3 +153,41 @@ def split_hash(split: pd.DataFrame, labels: Mapping[str, int]) -> str:
 def holdout_commitment(split: pd.DataFrame) -> str:
     """Return a hash that commits which exams are sealed, without their labels."""
     return content_id(sorted(split.loc[split["fold"] == HOLDOUT, "study_id"]))
+
+
+def training_labels(table: pd.DataFrame) -> dict[str, int]:
+    """Return the labels that training may see, by study."""
+    inside = table[table["fold"] != HOLDOUT]
+    return dict(zip(inside["study_id"], inside["label"].astype(int).tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Split:
+    """A committed split: folds of every exam that was drawn, and labels outside the hold-out only."""
+
+    table: pd.DataFrame
+    """``study_id``, ``patient_id``, ``fold``, ``label`` (missing in the hold-out)."""
+    split_hash: str
+    holdout_commitment: str
+    folder: Path
+
+    @classmethod
+    def open(cls, folder: Path) -> Split:
+        """Read a committed split; refuse one that leaks or was edited.
+
+        Raises
+        ------
+        SplitError
+            If a patient stands in two folds or the table does not match its hash.
+        """
+        table = pd.read_parquet(folder / "split.parquet")
+        meta = json.loads((folder / "split.json").read_text())
+        check_split(table)
+        if split_hash(table, training_labels(table)) != meta["split_hash"]:
+            msg = f"{folder / 'split.parquet'} was changed after it was made; delete {folder} and run the study again"
+            raise SplitError(msg)
+        return cls(table, meta["split_hash"], meta["holdout_commitment"], folder)
+
+    def of_studies(self, study_ids: pd.Series[str]) -> Split:
+        """Return the same split with the rows of some exams only."""
+        return replace(self, table=self.table[self.table["study_id"].isin(study_ids)].reset_index(drop=True))

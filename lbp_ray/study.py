@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lbp_ray.config import FrozenModel
+from lbp_ray.config import AbsolutePath, FrozenModel
 
 NUMERICS_VERSION = 1
 """Raised by hand whenever the same inputs give other numbers; part of every trial's identity."""
@@ -18,36 +17,25 @@ PositiveInt = Annotated[int, Field(ge=1)]
 class PathsConfig(FrozenModel):
     """Where the study reads and writes; absolute, on storage that every node sees."""
 
-    store: Path
+    store: AbsolutePath
     """Slice store written by ``python -m preprocess``."""
-    midsagittal: Path | None = None
+    midsagittal: AbsolutePath | None = None
     """Mid-sagittal artefact; None takes the only one beside the store and refuses a choice."""
-    questionnaire: Path
+    questionnaire: AbsolutePath
     """Linked questionnaire CSV (``python -m preprocess link``)."""
-    annotations: Path
+    annotations: AbsolutePath
     """Linked CVAT 1.1 XML: the lumbar region of annotated slices."""
-    regions: Path | None = None
+    regions: AbsolutePath | None = None
     """Regions artefact (``python -m lbp_ray.segment``); None takes the only one below ``runs`` that was made from this
     store and mid-sagittal choice. Read with ``roi.source: model`` only."""
-    roi_overrides: Path | None = None
+    roi_overrides: AbsolutePath | None = None
     """CSV of what a person decides about single exams: ``study_id,action,centre_row,centre_column``."""
-    roi_corrections: Path | None = None
+    roi_corrections: AbsolutePath | None = None
     """CVAT file of predicted masks that a person corrected. Read with ``roi.source: model`` only."""
-    truth: Path | None = None
+    truth: AbsolutePath | None = None
     """Linked truth table of a synthetic cohort; None for patients."""
-    runs: Path
+    runs: AbsolutePath
     """Root of crops, features, trials and results."""
-
-    @field_validator("*")
-    @classmethod
-    def _absolute(cls, value: Path | None) -> Path | None:
-        if value is not None and not value.is_absolute():
-            msg = (
-                f"must be an absolute path on storage that every node sees, found {str(value)!r}; "
-                "a relative one would land in a throwaway copy of the working directory"
-            )
-            raise ValueError(msg)
-        return value
 
 
 class RoiConfig(FrozenModel):

@@ -24,6 +24,7 @@ from lbp_ray.distributed.extract import ensure_features
 from lbp_ray.distributed.waiter import waiting_trial
 from lbp_ray.distributed.worker import load_trial_data
 from lbp_ray.features import features_id
+from lbp_ray.native import native_dtype
 from lbp_ray.predict import PREDICTOR_FILE, describe_predictor
 from lbp_ray.prepare import Prepared, prepare
 from lbp_ray.report import render_console, write_report
@@ -143,13 +144,9 @@ def run_study(config: StudyConfig) -> Path:
 
 
 def with_native_dtype(config: StudyConfig) -> StudyConfig:
-    """Replace ``recipe.unfrozen_dtype: auto`` by what the trials' device computes natively; GPUs are taken to."""
-    if config.recipe.unfrozen_dtype != "auto":
-        return config
-    flags: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = bool(config.compute.gpus_per_trial) or flags.get("avx512_bf16", False) or flags.get("amx_bf16", False)
-    recipe = config.recipe.model_copy(update={"unfrozen_dtype": "bfloat16" if native else "float32"})
-    return config.model_copy(update={"recipe": recipe})
+    """Replace ``recipe.unfrozen_dtype: auto`` by what the trials' device computes natively."""
+    dtype = native_dtype(config.recipe.unfrozen_dtype, gpu=bool(config.compute.gpus_per_trial))
+    return config.model_copy(update={"recipe": config.recipe.model_copy(update={"unfrozen_dtype": dtype})})
 
 
 def _shared(config: StudyConfig, prepared: Prepared) -> Shared:

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from store_factory import make_record, make_store, pseudonym
 
-from lbp_ray.annotations import LEVELS
 from lbp_ray.prepare import prepare
+from lbp_ray.roi.annotations import LEVELS
 from lbp_ray.splits import HOLDOUT
 from lbp_ray.study import StudyConfig
 from preprocess.mapper import map_here

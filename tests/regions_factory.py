@@ -9,7 +9,7 @@ import pandas as pd
 from cohort_factory import NUM_EXAMS, SHAPE
 from store_factory import pseudonym
 
-from lbp_ray.regions import COLUMNS, MODEL, OUT_OF_FOLD, SCORE_COLUMNS, RegionsMeta, runs_of
+from lbp_ray.roi.regions import COLUMNS, MODEL, OUT_OF_FOLD, SCORE_COLUMNS, RegionsMeta, runs_of
 from preprocess.midsagittal.choose import CONTRAST
 from preprocess.store.read import SliceStore
 

@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from lbp_ray.annotations import (
+from lbp_ray.roi.annotations import (
     LEVELS,
     REGION,
     AnnotationError,

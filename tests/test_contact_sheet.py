@@ -5,7 +5,7 @@ import io
 import numpy as np
 from matplotlib.image import imread
 
-from lbp_ray.contact_sheet import MASK_COLOUR, TILE_PX, chosen_rows, contact_sheet, tile
+from lbp_ray.roi.contact_sheet import MASK_COLOUR, TILE_PX, chosen_rows, contact_sheet, tile
 
 AMBER = (230, 159, 0)
 IMAGE = np.arange(96 * 48).reshape(96, 48)

@@ -14,18 +14,18 @@ from store_factory import pseudonym
 
 from lbp_ray.aggregate import aggregate
 from lbp_ray.association import describe_provenance, segmenter_scores, source_association
-from lbp_ray.box import resize
 from lbp_ray.config import ConfigError, load_config
 from lbp_ray.distributed.worker import load_trial_data
 from lbp_ray.export import crop_stack
-from lbp_ray.overrides import OverrideError
 from lbp_ray.predict import describe_predictor
 from lbp_ray.prepare import prepare, seal
-from lbp_ray.provenance import find_regions
-from lbp_ray.regions import RegionError, Regions
 from lbp_ray.report import write_report
 from lbp_ray.result import StudyResult
-from lbp_ray.roi import BOX_OUTSIDE
+from lbp_ray.roi.box import resize
+from lbp_ray.roi.crops import BOX_OUTSIDE
+from lbp_ray.roi.overrides import OverrideError
+from lbp_ray.roi.provenance import find_regions
+from lbp_ray.roi.regions import RegionError, Regions
 from lbp_ray.splits import HOLDOUT, SplitError
 from lbp_ray.study import StudyConfig
 from lbp_ray.tune import plan_trials
@@ -171,7 +171,7 @@ def test_flagged_masks_are_reviewed_and_never_cropped(data, tmp_path, fold_of, i
 
 
 def test_a_box_that_leaves_the_image_too_far_is_not_believed(tmp_path, monkeypatch):
-    monkeypatch.setattr("lbp_ray.roi.MAX_SHIFT_MM", 2.0)
+    monkeypatch.setattr("lbp_ray.roi.crops.MAX_SHIFT_MM", 2.0)
     data = make_cohort(tmp_path)
     at_the_top = make_mask(top=0, bottom=2)
     chosen = {"fold_of": {}, "masks": {5: at_the_top}}

@@ -15,7 +15,7 @@ from lbp_ray.out_of_fold import (
     collect,
     collect_holdout,
 )
-from lbp_ray.prepare import Split
+from lbp_ray.splits import Split
 
 FOLD_OF = {"a": 0, "b": 0, "c": 1, "d": 1, "h": -1}
 LABEL_OF = {"a": 0, "b": 1, "c": 0, "d": 1, "h": pd.NA}

@@ -16,7 +16,7 @@ from PIL import Image
 from store_factory import make_record, make_store, pseudonym
 
 from lbp_ray.export import export_crops
-from lbp_ray.roi import Crops
+from lbp_ray.roi.crops import Crops
 from preprocess.commit import canonical_json, write_atomic
 from preprocess.pipeline import ConvertJob, convert_tree
 from preprocess.store.describe import describe_store

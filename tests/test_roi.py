@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lbp_ray.box import (
+from lbp_ray.roi.box import (
     Box,
     Excluded,
     choose_neighbours,
@@ -16,7 +16,7 @@ from lbp_ray.box import (
     shift_mm,
     size_in_pixels,
 )
-from lbp_ray.overrides import Override, OverrideError, OverrideTargets, read_overrides
+from lbp_ray.roi.overrides import Override, OverrideError, OverrideTargets, read_overrides
 from preprocess.geometry import canonical_pixels, canonical_point
 
 

@@ -11,8 +11,8 @@ import pytest
 from matplotlib.image import imread
 from store_factory import make_record, make_store, pseudonym
 
-from lbp_ray.annotations import REGION, read_annotations
-from lbp_ray.regions import COLUMNS, Plausible, RegionError, Regions, RegionsMeta, mask_of, runs_of
+from lbp_ray.roi.annotations import REGION, read_annotations
+from lbp_ray.roi.regions import COLUMNS, Plausible, RegionError, Regions, RegionsMeta, mask_of, runs_of
 from lbp_ray.segment.export import ANNOTATIONS, IMAGES, export_regions, main
 from lbp_ray.segment.region import describe_mask
 from preprocess.store.read import SliceStore

@@ -13,9 +13,9 @@ import pytest
 from chromium import open_page
 from matplotlib.image import imread
 
-from lbp_ray.contact_sheet import MASK_COLOUR
-from lbp_ray.overrides import OverrideTargets, read_overrides
-from lbp_ray.regions import COLUMNS, SCORE_COLUMNS, Regions, RegionsMeta, runs_of
+from lbp_ray.roi.contact_sheet import MASK_COLOUR
+from lbp_ray.roi.overrides import OverrideTargets, read_overrides
+from lbp_ray.roi.regions import COLUMNS, SCORE_COLUMNS, Regions, RegionsMeta, runs_of
 from lbp_ray.segment.page import HISTORY_COLUMNS, render_console, write_page
 from lbp_ray.segment.region import describe_mask, flags_of, plausible_ranges
 from lbp_ray.segment.review import (

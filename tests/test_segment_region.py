@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
-from lbp_ray.regions import FLAGS, SCORE_COLUMNS, RegionError
+from lbp_ray.roi.regions import FLAGS, SCORE_COLUMNS, RegionError
 from lbp_ray.segment.region import SPECK_SHARE, describe_mask, flags_of, plausible_ranges, without_specks
 from lbp_ray.segment.scores import MeanBox, centroid_error_mm, dice, mean_box, score_slice, summarise
 
@@ -37,7 +37,7 @@ def test_sizes_are_in_mm_of_each_direction():
 
 
 def test_centroid_is_the_annotations_one():
-    from lbp_ray.annotations import mask_centroid
+    from lbp_ray.roi.annotations import mask_centroid
 
     region = describe_mask(SPINE, SPACING_MM)
     assert (region.centroid_row, region.centroid_column) == mask_centroid(SPINE) == (40.0, 35.0)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from river import expect, prepare_cohort, result_folder, run, study_arguments
 
-from lbp_ray.regions import MODEL, OUT_OF_FOLD, Regions, mask_of
+from lbp_ray.roi.regions import MODEL, OUT_OF_FOLD, Regions, mask_of
 from lbp_ray.splits import HOLDOUT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -121,7 +121,7 @@ def test_an_undeclared_segmenter_is_refused(root, found):
 
 
 def test_predictions_go_to_cvat_and_come_back(root, found):
-    from lbp_ray.annotations import read_annotations
+    from lbp_ray.roi.annotations import read_annotations
 
     regions, _ = found
     shutil.rmtree(root / "cvat", ignore_errors=True)

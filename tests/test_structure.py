@@ -41,7 +41,7 @@ def test_imports_point_upstream(path):
 
 def test_import_check_sees_a_wrong_arrow(tmp_path):
     wrong = tmp_path / "wrong.py"
-    wrong.write_text("def late():\n    from lbp_ray.roi import Box\n    import torch.nn\n")
+    wrong.write_text("def late():\n    from lbp_ray.roi.crops import Box\n    import torch.nn\n")
     assert imported_packages(wrong) == {"lbp_ray", "torch"}
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from lbp_ray.distributed.worker import extract_shard
 from lbp_ray.features import shard_bounds
 from lbp_ray.nets.resnet import NUM_FEATURES
-from lbp_ray.roi import Crops
+from lbp_ray.roi.crops import Crops
 from preprocess.commit import committed_directory
 
 if TYPE_CHECKING:

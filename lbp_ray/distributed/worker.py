@@ -18,8 +18,8 @@ from lbp_ray.cell import TrialData
 from lbp_ray.features import extract, load_features
 from lbp_ray.nets.resnet import build_backbone
 from lbp_ray.nets.weights import WeightsError, load_backbone_weights, weights_sha256
-from lbp_ray.prepare import Split
-from lbp_ray.roi import Crops
+from lbp_ray.roi.crops import Crops
+from lbp_ray.splits import Split
 from lbp_ray.training import Resident
 from lbp_ray.trial import run_trial
 from preprocess.commit import commit_point, write_atomic

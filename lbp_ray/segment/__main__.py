@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lbp_ray.config import load_config
 from lbp_ray.distributed.regions import segment_store, train_networks
 from lbp_ray.native import native_dtype
-from lbp_ray.regions import Regions
+from lbp_ray.roi.regions import Regions
 from lbp_ray.runs import RunPaths
 from lbp_ray.segment.assemble import ARTEFACT_VERSION, assemble
 from lbp_ray.segment.config import SegmentConfig

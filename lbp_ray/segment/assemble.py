@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lbp_ray.annotations import read_annotations
-from lbp_ray.regions import COLUMNS, MODEL, OUT_OF_FOLD, SCORE_COLUMNS, Regions, RegionsMeta, mask_of
+from lbp_ray.roi.annotations import read_annotations
+from lbp_ray.roi.regions import COLUMNS, MODEL, OUT_OF_FOLD, SCORE_COLUMNS, Regions, RegionsMeta, mask_of
 from lbp_ray.segment.network import FINAL
 from lbp_ray.segment.page import write_page
 from lbp_ray.segment.region import Region, describe_mask, flags_of, plausible_ranges
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from lbp_ray.regions import Plausible
+    from lbp_ray.roi.regions import Plausible
     from lbp_ray.segment.config import SegmentConfig
     from lbp_ray.segment.plan import Plan
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lbp_ray.regions import RegionError, Regions, mask_of
+from lbp_ray.roi.regions import RegionError, Regions, mask_of
 from preprocess.commit import committed_directory
 from preprocess.cvat.shapes import REGION, CvatImage, Mask
 from preprocess.cvat.write import write_cvat

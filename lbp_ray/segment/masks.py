@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 import torch
 
-from lbp_ray.regions import runs_of
+from lbp_ray.roi.regions import runs_of
 from lbp_ray.segment.infer import Segmenter
 from lbp_ray.segment.region import describe_mask, without_specks
 from preprocess.commit import commit_point, content_id, write_atomic

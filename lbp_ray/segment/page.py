@@ -16,11 +16,11 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 import lbp_ray.report
-from lbp_ray.regions import FLAGS, MODEL, OUT_OF_FOLD
 from lbp_ray.report.page import STYLE, flattened
 from lbp_ray.report.tables import CONSOLE_WIDTH
 from lbp_ray.report.theme import COLOURS, STAMP_HEIGHT_IN, drawing, inline_svg, new_figure
 from lbp_ray.report.words import HASH_LENGTH, number
+from lbp_ray.roi.regions import FLAGS, MODEL, OUT_OF_FOLD
 from lbp_ray.segment.review import FLAGGED, LIST, SHEET, WORST, WORST_CASES
 from lbp_ray.segment.scores import TAIL_PERCENTILE, summarise
 from preprocess.commit import write_atomic
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lbp_ray.regions import Regions, RegionsMeta
+    from lbp_ray.roi.regions import Regions, RegionsMeta
     from lbp_ray.segment.scores import ScoreSummary
 
 TEMPLATE = "regions.html.j2"
@@ -223,7 +223,7 @@ def folds_told(meta: RegionsMeta) -> str:
 
 
 def flag_counts(table: pd.DataFrame) -> dict[str, int]:
-    """Count the masks that raise each flag, in the order of `lbp_ray.regions.FLAGS`; a mask may raise several."""
+    """Count the masks that raise each flag, in the order of `lbp_ray.roi.regions.FLAGS`; a mask may raise several."""
     raised = Counter(code for flags in table["flags"] for code in filter(None, flags.split("+")))
     return {code: raised[code] for code in FLAGS if raised[code]}
 

@@ -17,14 +17,14 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from lbp_ray.annotations import annotations_sha256, faults_by_image, read_annotations
 from lbp_ray.nets.unet import build_unet
 from lbp_ray.nets.weights import VGG11_BN, load_backbone_weights, weights_sha256
-from lbp_ray.prepare import Split, find_midsagittal_artefact
+from lbp_ray.prepare import find_midsagittal_artefact
+from lbp_ray.roi.annotations import annotations_sha256, faults_by_image, read_annotations
 from lbp_ray.runs import RunPaths
 from lbp_ray.segment.network import APART, FINAL, FoldSpec, SegmentError, place_of
 from lbp_ray.segment.samples import Grid
-from lbp_ray.splits import HOLDOUT
+from lbp_ray.splits import HOLDOUT, Split
 from preprocess.commit import canonical_json, committed_directory, content_id
 from preprocess.midsagittal.choose import CONTRAST, load_midsagittal
 from preprocess.store.read import SliceStore
@@ -32,7 +32,7 @@ from preprocess.store.read import SliceStore
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lbp_ray.annotations import AnnotatedSlice
+    from lbp_ray.roi.annotations import AnnotatedSlice
     from lbp_ray.segment.config import SegmentConfig
 
 SET_VERSION = 1

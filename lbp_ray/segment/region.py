@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import ndimage
 
-from lbp_ray.regions import FLAGS, Plausible, RegionError
+from lbp_ray.roi.regions import FLAGS, Plausible, RegionError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -149,8 +149,8 @@ def flags_of(region: Region, plausible: Plausible) -> str:
     Returns
     -------
     str
-        Codes of `lbp_ray.regions.FLAGS`, in its order, joined by ``+``; empty when the mask may be cropped. An empty
-        mask is nothing but ``empty``; height and width may disagree, so that one mask can be small and large.
+        Codes of `lbp_ray.roi.regions.FLAGS`, in its order, joined by ``+``; empty when the mask may be cropped. An
+        empty mask is nothing but ``empty``; height and width may disagree, so that one mask can be small and large.
     """
     if not region.components:
         return "empty"

@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import ndimage
 
-from lbp_ray.contact_sheet import MASK_COLOUR, MAX_TILES, TILE_PX, chosen_rows
-from lbp_ray.overrides import COLUMNS as OVERRIDE_COLUMNS
-from lbp_ray.regions import FLAGS, mask_of
+from lbp_ray.roi.contact_sheet import MASK_COLOUR, MAX_TILES, TILE_PX, chosen_rows
+from lbp_ray.roi.overrides import COLUMNS as OVERRIDE_COLUMNS
+from lbp_ray.roi.regions import FLAGS, mask_of
 from preprocess.commit import write_atomic
 from preprocess.store.png import encode_png
 
@@ -73,9 +73,9 @@ def write_review(folder: Path, table: pd.DataFrame, scores: pd.DataFrame, views:
     folder
         Receives ``worst.png``, ``contact_sheet.png``, ``review.csv`` and, where a mask is flagged, ``flagged.png``.
     table
-        `lbp_ray.regions.COLUMNS`.
+        `lbp_ray.roi.regions.COLUMNS`.
     scores
-        `lbp_ray.regions.SCORE_COLUMNS`.
+        `lbp_ray.roi.regions.SCORE_COLUMNS`.
     views
         Images, and the two masks of the worst slices.
     """
@@ -120,7 +120,7 @@ def mask_sheet(table: pd.DataFrame, image: Callable[[str, int], np.ndarray]) -> 
     Parameters
     ----------
     table
-        Rows of `lbp_ray.regions.COLUMNS`.
+        Rows of `lbp_ray.roi.regions.COLUMNS`.
     image
         (series, slice index) → stored pixel values.
     """

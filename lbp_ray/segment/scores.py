@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lbp_ray.config import FrozenModel
-from lbp_ray.regions import SCORE_COLUMNS
+from lbp_ray.roi.regions import SCORE_COLUMNS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -164,7 +164,7 @@ def score_slice(
     Returns
     -------
     dict
-        One row of ``scores.parquet``: `lbp_ray.regions.SCORE_COLUMNS` in their order.
+        One row of ``scores.parquet``: `lbp_ray.roi.regions.SCORE_COLUMNS` in their order.
     """
     return {name: place[name] for name in PLACE_COLUMNS} | {
         "dice": dice(truth_HW, predicted_HW),
@@ -230,8 +230,8 @@ def summarise(scores: pd.DataFrame) -> ScoreSummary:
     Parameters
     ----------
     scores
-        `lbp_ray.regions.SCORE_COLUMNS`, one row per annotated slice: those of the folds, or those that no network was
-        trained on (a negative fold), never both.
+        `lbp_ray.roi.regions.SCORE_COLUMNS`, one row per annotated slice: those of the folds, or those that no network
+        was trained on (a negative fold), never both.
 
     Returns
     -------

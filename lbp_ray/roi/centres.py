@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lbp_ray.annotations import AnnotatedSlice, AnnotationError, annotations_sha256, mask_centroid, read_annotations
-from lbp_ray.box import Excluded
-from lbp_ray.overrides import EXCLUDE, Override, OverrideTargets, read_overrides
-from lbp_ray.regions import FLAGS, RegionError, mask_of
+from lbp_ray.roi.annotations import AnnotatedSlice, AnnotationError, annotations_sha256, mask_centroid, read_annotations
+from lbp_ray.roi.box import Excluded
+from lbp_ray.roi.overrides import EXCLUDE, Override, OverrideTargets, read_overrides
+from lbp_ray.roi.regions import FLAGS, RegionError, mask_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from lbp_ray.annotations import CentreRule
-    from lbp_ray.regions import Regions
+    from lbp_ray.roi.annotations import CentreRule
+    from lbp_ray.roi.regions import Regions
     from preprocess.store.read import SliceStore
 
 ANNOTATION = "annotation"
@@ -152,7 +152,7 @@ def predicted_centres(
     ------
     RegionError
         If a correction cannot be used.
-    lbp_ray.overrides.OverrideError
+    lbp_ray.roi.overrides.OverrideError
         If an override cannot be used.
     """
     predicted = {str(row["series_id"]): row for row in regions.table.to_dict("records")}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lbp_ray.regions import OUT_OF_FOLD, RegionError, Regions, RegionsMeta
+from lbp_ray.roi.regions import OUT_OF_FOLD, RegionError, Regions, RegionsMeta
 from lbp_ray.splits import HOLDOUT
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from lbp_ray.prepare import Split
+    from lbp_ray.splits import Split
     from lbp_ray.study import RoiConfig
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from lbp_ray.box import (
+from lbp_ray.roi.box import (
     MAX_SHIFT_MM,
     Box,
     Excluded,
@@ -25,23 +25,23 @@ from lbp_ray.box import (
     shift_mm,
     size_in_pixels,
 )
-from lbp_ray.centres import MANUAL, Flagged
-from lbp_ray.contact_sheet import MAX_TILES, chosen_rows, contact_sheet, tile
-from lbp_ray.overrides import COLUMNS as OVERRIDE_COLUMNS
+from lbp_ray.roi.centres import MANUAL, Flagged
+from lbp_ray.roi.contact_sheet import MAX_TILES, chosen_rows, contact_sheet, tile
+from lbp_ray.roi.overrides import COLUMNS as OVERRIDE_COLUMNS
 from preprocess.commit import committed_directory, content_id
 from preprocess.midsagittal.choose import load_midsagittal
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lbp_ray.centres import Centre, Centres
+    from lbp_ray.roi.centres import Centre, Centres
     from preprocess.store.read import SliceStore
 
 CROPS_VERSION = 2
 """Raised by hand when the same inputs give other crops."""
 
 BOX_OUTSIDE = "box_outside"
-"""Reason of a predicted box that would leave the image by more than `lbp_ray.box.MAX_SHIFT_MM`."""
+"""Reason of a predicted box that would leave the image by more than `lbp_ray.roi.box.MAX_SHIFT_MM`."""
 
 EXCLUDED_COLUMNS = ("study_id", "reason", "detail")
 """Columns of ``excluded.parquet``: every study of the store that has no crop."""
