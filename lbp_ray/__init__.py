@@ -22,6 +22,7 @@ The rooms, in the order the data meets them:
 - ``native``: which arithmetic a device computes natively.
 - ``distributed``: work spread over Ray tasks.
 - ``metrics``: the eight metrics, thresholds, study rules and intervals.
+- ``intervals``: how sure an area under the ROC curve is, and whether two differ on the same exams.
 - ``result``: the one object that every table, figure and sentence comes from.
 - ``out_of_fold``: trial outputs to one complete table; refuses gaps, duplicates and mixtures.
 - ``permutation``: the frozen stage against labels shuffled among patients.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from lbp_ray.association import describe_provenance
+from lbp_ray.intervals import area_interval, compare_areas, difference_of, holm
 from lbp_ray.metrics import (
     all_metrics,
     confusion,
@@ -23,6 +25,7 @@ from lbp_ray.out_of_fold import IncompleteStudyError, check_environments, collec
 from lbp_ray.permutation import permutation_null
 from lbp_ray.result import (
     METRIC_NAMES,
+    AreaComparison,
     BayesReference,
     Confusion,
     CropProvenance,
@@ -38,12 +41,15 @@ from lbp_ray.splits import HOLDOUT
 from preprocess.commit import committed_directory, content_id
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from lbp_ray.cell import TrialData, TrialSpec
     from lbp_ray.prepare import Prepared
     from lbp_ray.study import EvaluationConfig, StudyConfig
+
+RESULT_VERSION = 2
+"""Raised by hand when the same trials give other figures; part of a result's address."""
 
 
 def aggregate(
@@ -76,11 +82,17 @@ def aggregate(
     final = prepared.paths.result(_address(config, prepared, provenance, specs, environment))
     if final.is_dir():
         return final
+    means = {count: seed_means(table[table["num_slices"] == count], data) for count in config.slice_counts}
     per_count = tuple(
-        _slice_count_result(config, table[table["num_slices"] == count], _history(specs, folders, count), data)
+        _slice_count_result(
+            config, table[table["num_slices"] == count], means[count], _history(specs, folders, count), data
+        )
         for count in config.slice_counts
     )
-    result = _study_result(config, prepared, provenance, per_count, environment=environment, recipe=recipe_id(specs[0]))
+    comparisons = compare_slice_counts(means, level=config.evaluation.interval_level)
+    result = _study_result(
+        config, prepared, provenance, per_count, comparisons, environment=environment, recipe=recipe_id(specs[0])
+    )
     with committed_directory(final, point="result") as folder:
         table.to_parquet(folder / "out_of_fold.parquet", index=False)
         collect_holdout(specs, folders).to_parquet(folder / "holdout.parquet", index=False)
@@ -99,6 +111,7 @@ def _address(
     truth = config.paths.truth
     return content_id(
         {
+            "version": RESULT_VERSION,
             "trials": [spec.trial_id for spec in specs],
             "evaluation": config.evaluation.model_dump(mode="json"),
             "name": config.name,
@@ -118,6 +131,7 @@ def _study_result(
     prepared: Prepared,
     provenance: CropProvenance,
     per_count: tuple[SliceCountResult, ...],
+    comparisons: tuple[AreaComparison, ...],
     *,
     environment: dict[str, str],
     recipe: str,
@@ -147,6 +161,7 @@ def _study_result(
         num_folds=config.split.folds,
         seeds=config.seeds,
         slice_counts=per_count,
+        comparisons=comparisons,
         bayes=_bayes_reference(config.paths.truth, inside),
         acquisition=prepared.acquisition,
         crops=provenance,
@@ -175,15 +190,63 @@ def _history(specs: Sequence[TrialSpec], folders: Sequence[Path], count: int) ->
     return pd.concat(tables)
 
 
+def seed_means(table: pd.DataFrame, data: TrialData) -> pd.DataFrame:
+    """Average the study scores of one slice count over seeds.
+
+    Parameters
+    ----------
+    table
+        Its rows of the out-of-fold table.
+    data
+        Whose study is whose.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed and sorted by study: ``score``, ``label``, ``fold``, ``patient_id``.
+    """
+    mean = (
+        table.drop_duplicates(["seed", "study_id"])
+        .groupby("study_id", sort=True)
+        .agg(score=("study_probability", "mean"), label=("label", "first"), fold=("fold", "first"))
+    )
+    return mean.assign(patient_id=mean.index.map(dict(zip(data.study_ids, data.patient_ids, strict=True))))
+
+
+def compare_slice_counts(means: Mapping[int, pd.DataFrame], *, level: float) -> tuple[AreaComparison, ...]:
+    """Compare the ROC-AUC of every pair of slice counts on the same studies.
+
+    Parameters
+    ----------
+    means
+        Slice count → `seed_means` of the same studies.
+    level
+        Nominal coverage of the intervals of the differences.
+    """
+    counts = sorted(means)
+    first = means[counts[0]]
+    assert all(means[count].index.equals(first.index) for count in counts), "slice counts share their studies"
+    areas = compare_areas(
+        first["label"].to_numpy(dtype=int),
+        np.stack([means[count]["score"].to_numpy() for count in counts]),
+        first["patient_id"].to_numpy(),
+    )
+    pairs = list(combinations(range(len(counts)), 2))
+    found = [difference_of(areas, more, fewer, level=level) for fewer, more in pairs]
+    adjusted = holm([difference.p_value for difference in found])
+    return tuple(
+        AreaComparison(
+            first=counts[fewer], second=counts[more], level=level, p_adjusted=p_adjusted, **difference._asdict()
+        )
+        for (fewer, more), difference, p_adjusted in zip(pairs, found, adjusted, strict=True)
+    )
+
+
 def _slice_count_result(
-    config: StudyConfig, table: pd.DataFrame, history: pd.DataFrame, data: TrialData
+    config: StudyConfig, table: pd.DataFrame, mean: pd.DataFrame, history: pd.DataFrame, data: TrialData
 ) -> SliceCountResult:
     count = int(table["num_slices"].iloc[0])
-    patient_of = dict(zip(data.study_ids, data.patient_ids, strict=True))
     studies = table.drop_duplicates(["seed", "study_id"])
-    mean = studies.groupby("study_id", sort=True).agg(
-        score=("study_probability", "mean"), label=("label", "first"), fold=("fold", "first")
-    )
     labels, scores = mean["label"].to_numpy(dtype=int), mean["score"].to_numpy()
     thresholds = cross_fitted_thresholds(labels, scores, mean["fold"].to_numpy())
     decisions = (scores >= mean["fold"].map(thresholds).to_numpy()).astype(int)
@@ -193,7 +256,7 @@ def _slice_count_result(
         labels=labels,
         scores=scores,
         decisions=decisions,
-        patients=np.array([patient_of[study] for study in mean.index]),
+        patients=mean["patient_id"].to_numpy(),
     )
     false_positive_rate, recall, _ = roc_curve(labels, scores)
     precision, recall_of_precision, _ = precision_recall_curve(labels, scores)
@@ -233,10 +296,14 @@ def _summaries(
 ) -> dict[str, MetricSummary]:
     weights = patient_resamples(patients, labels, resamples=evaluation.bootstrap_resamples, seed=evaluation.seed)
     resampled = resampled_metrics(labels, scores, decisions, weights)
+    area = area_interval(compare_areas(labels, scores[None], patients), 0, level=evaluation.interval_level)
     summaries = {}
     for name, estimate in all_metrics(labels, scores, decisions).items():
         values = [seed[name] for seed in per_seed]
         low, high = percentile_interval(resampled[name], evaluation.interval_level)
+        method = f"percentile bootstrap over patients, {evaluation.bootstrap_resamples} resamples"
+        if name == "roc_auc":
+            (low, high), method = area, "DeLong over patients, on the logit scale"
         summaries[name] = MetricSummary(
             name=name,
             per_seed=tuple(values),
@@ -247,7 +314,7 @@ def _summaries(
                 low=low,
                 high=high,
                 level=evaluation.interval_level,
-                method=f"percentile bootstrap over patients, {evaluation.bootstrap_resamples} resamples",
+                method=method,
             ),
         )
     return summaries

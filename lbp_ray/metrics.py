@@ -31,17 +31,24 @@ class Counts(NamedTuple):
 
 def roc_auc(labels_S: np.ndarray, scores_S: np.ndarray) -> float:
     """Return the area under the ROC curve (ties count one half)."""
-    _check(labels_S, scores_S)
+    check_scores(labels_S, scores_S)
     return float(roc_auc_score(labels_S, scores_S))
 
 
 def average_precision(labels_S: np.ndarray, scores_S: np.ndarray) -> float:
     """Return the average precision: precision at each threshold weighted by the step in recall."""
-    _check(labels_S, scores_S)
+    check_scores(labels_S, scores_S)
     return float(average_precision_score(labels_S, scores_S))
 
 
-def _check(labels_S: np.ndarray, scores_S: np.ndarray) -> None:
+def check_scores(labels_S: np.ndarray, scores_S: np.ndarray) -> None:
+    """Refuse scores or labels that no metric can be computed from.
+
+    Raises
+    ------
+    MetricError
+        If a score is not finite, a label is neither 0 nor 1, or a class is missing.
+    """
     if not np.isfinite(scores_S).all() or not np.isin(labels_S, (0, 1)).all():
         msg = "scores must be finite and labels 0 or 1; a missing value would spoil the result, so none is computed"
         raise MetricError(msg)
@@ -84,7 +91,7 @@ def youden_threshold(labels_S: np.ndarray, scores_S: np.ndarray) -> float:
     ----------
     W. J. Youden, Index for rating diagnostic tests, Cancer 3 (1950).
     """
-    _check(labels_S, scores_S)
+    check_scores(labels_S, scores_S)
     false_positive_rate, recall, thresholds = roc_curve(labels_S, scores_S, drop_intermediate=False)
     best = int(np.argmax(np.round(recall - false_positive_rate, 12)))
     if not np.isfinite(thresholds[best]):

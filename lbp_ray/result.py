@@ -36,7 +36,7 @@ class Interval(FrozenModel):
     level: float
     """Nominal coverage, e.g. 0.95."""
     method: str
-    """How it was made, e.g. ``bootstrap over patients, 2000 resamples``."""
+    """How it was made, e.g. ``percentile bootstrap over patients, 2000 resamples``."""
 
 
 class MetricSummary(FrozenModel):
@@ -114,6 +114,24 @@ class SliceCountResult(FrozenModel):
     """Cross-fitted threshold of each fold, in fold order."""
 
 
+class AreaComparison(FrozenModel):
+    """ROC-AUC of two slice counts on the same studies, by the seed-averaged scores."""
+
+    first: int
+    second: int
+    """The larger slice count."""
+    difference: float
+    """Area of the second minus that of the first."""
+    low: float
+    high: float
+    level: float
+    """Nominal coverage of the interval of the difference."""
+    p_value: float
+    """Two-sided, of no difference (DeLong, patients as clusters)."""
+    p_adjusted: float
+    """The same after Holm's correction over all pairs of slice counts."""
+
+
 class FunnelStep(FrozenModel):
     """One step of the cohort's way from the store to the analysis."""
 
@@ -176,7 +194,7 @@ class BayesReference(FrozenModel):
 class StudyResult(FrozenModel):
     """A whole study."""
 
-    schema_version: int = 1
+    schema_version: int = 2
     name: str
     statements: tuple[str, ...]
     """Plain sentences a reader must see first: synthetic data, random start, reduced recipe, interval meaning."""
@@ -199,6 +217,8 @@ class StudyResult(FrozenModel):
     num_folds: int
     seeds: tuple[int, ...]
     slice_counts: tuple[SliceCountResult, ...]
+    comparisons: tuple[AreaComparison, ...]
+    """Every pair of slice counts, ascending; empty with a single one."""
     bayes: BayesReference | None
     """None unless the cohort is synthetic."""
     acquisition: dict[str, str]

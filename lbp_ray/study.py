@@ -170,7 +170,7 @@ class EvaluationConfig(FrozenModel):
     """How the out-of-fold table is judged."""
 
     bootstrap_resamples: PositiveInt = 2000
-    """Resamples of patients behind every interval."""
+    """Resamples of patients behind every interval but that of ROC-AUC, which is DeLong's."""
     interval_level: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     permutations: Annotated[int, Field(ge=0)] = 200
     """Label permutations among patients for the null of the frozen stage; 0 skips it."""

@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from result_factory import make_provenance, make_result
+from result_factory import make_comparisons, make_provenance, make_result
 
 from lbp_ray.report import render_console, write_report
 from lbp_ray.report.__main__ import main
@@ -239,28 +239,33 @@ def test_verdict_below_chance_names_the_likely_fault(result):
     assert "swapped labels" in verdict_sentences(with_auc(result, (0.2, 0.4)))[0]
 
 
-def test_verdict_never_ranks_overlapping_slice_counts(result):
-    overlapping = with_auc(result, (0.6, 0.8), (0.7, 0.9), (0.65, 0.85))
-    text = " ".join(verdict_sentences(overlapping))
-    assert "1, 3 and 5 slices are not distinguishable here" in text
+def test_verdict_never_ranks_slice_counts_that_do_not_differ(result):
+    text = " ".join(verdict_sentences(result))
+    assert "1, 3 and 5 slices are not distinguishable here (smallest p\u00a0=\u00a00.640, Holm over 3 pairs)" in text
     assert "does not make them equal" in text
-    assert comparison(overlapping, "roc_auc") == "not distinguishable here"
+    assert comparison(result, "roc_auc") == "not distinguishable here"
     assert not re.search(r"\b(best with|worst|highest|lowest|outperform|superior)", text)
 
 
-def test_verdict_names_pairs_that_lie_apart(result):
-    apart = with_auc(result, (0.5, 0.6), (0.55, 0.7), (0.65, 0.8))
-    text = " ".join(verdict_sentences(apart))
-    assert "the intervals of 1 and 5 slices lie apart" in text
-    assert "those of 1 and 3 slices and of 3 and 5 slices overlap: not distinguishable here" in text
-    assert comparison(apart, "roc_auc") == "intervals apart: 1 | 5"
+def test_verdict_names_pairs_that_differ_on_the_same_studies():
+    result = make_result(comparisons=make_comparisons((1, 3, 5), k1_k5=0.012))
+    text = " ".join(verdict_sentences(result))
+    assert "5 slices lie 0.10 above 1 slice (95\u202f% interval 0.02 to 0.18, p\u00a0=\u00a00.012)" in text
+    assert "Holm over 3 pairs; the other pairs are not distinguishable here." in text
+    assert comparison(result, "roc_auc") == "differ: 1 | 5 (p\u00a0=\u00a00.012)"
+
+
+def test_other_metrics_are_told_apart_by_their_intervals_only(result):
+    apart = with_metric(result, "recall", 0, interval=Interval(estimate=0.1, low=0, high=0.2, level=0.95, method=""))
+    assert comparison(apart, "recall").startswith("intervals apart: 1 | ")
 
 
 def test_verdict_counts_pairs_when_there_are_many():
-    many = make_result((1, 3, 5, 7), (0.9,) * 4)
-    apart = with_auc(many, (0.4, 0.5), (0.55, 0.7), (0.6, 0.7), (0.6, 0.8))
-    text = " ".join(verdict_sentences(apart))
-    assert "3 of 6 pairs of slice counts lie apart; the others overlap: not distinguishable here." in text
+    counts = (1, 3, 5, 7)
+    given = {"k1_k3": 0.01, "k1_k5": 0.01, "k1_k7": 0.01, "k3_k7": 0.02}
+    many = make_result(counts, (0.9,) * 4, comparisons=make_comparisons(counts, **given))
+    text = " ".join(verdict_sentences(with_auc(many, (0.4, 0.5), (0.55, 0.7), (0.6, 0.7), (0.6, 0.8))))
+    assert "4 of 6 pairs of slice counts differ; the other pairs are not distinguishable here." in text
     assert "that of 1 slice includes 0.5" in text
 
 
@@ -322,6 +327,7 @@ def test_crops_of_one_source_and_results_without_any(result, tmp_path):
         (lambda r: with_part(r, 1, scores_positive=(float("inf"),)), r"slice_counts\[1\]\.scores_positive\[0\]"),
         (lambda r: with_part(r, metrics=r.slice_counts[0].metrics[1:]), "metric 'average_precision' is missing"),
         (lambda r: with_part(r, num_slices=3), "3 slices appear 2 times"),
+        (lambda r: r.model_copy(update={"comparisons": r.comparisons[1:]}), "every pair of slice counts is required"),
         (lambda r: with_part(r, scores_negative=()), "scores_negative is empty"),
         (
             lambda r: with_part(r, confusion=Confusion(tp=1, fp=1, fn=1, tn=1)),
@@ -329,7 +335,7 @@ def test_crops_of_one_source_and_results_without_any(result, tmp_path):
         ),
         (lambda r: with_part(r, roc=r.slice_counts[0].roc.model_copy(update={"x": (0.0,)})), "roc needs two or more"),
     ],
-    ids=["no slice count", "NaN", "infinite", "metric", "twice", "one class", "confusion", "curve"],
+    ids=["no slice count", "NaN", "infinite", "metric", "twice", "pair", "one class", "confusion", "curve"],
 )
 def test_unreportable_results_are_refused(result, tmp_path, change, message):
     broken = change(result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from lbp_ray.result import METRIC_NAMES
@@ -25,11 +26,16 @@ def check_reportable(result: StudyResult) -> None:
     ------
     ValueError
         If there is no slice count, a slice count appears twice, a number is NaN or infinite, one of the eight metrics
-        is missing or doubled, a class is empty, or the points of a curve do not pair up. All faults are listed.
+        is missing or doubled, a pair of slice counts is not compared, a class is empty, or the points of a curve do not
+        pair up. All faults are listed.
     """
     faults = [] if result.slice_counts else ["slice_counts: at least one slice count is required, found none"]
     counts = [part.num_slices for part in result.slice_counts]
     faults += [f"slice_counts: {count} slices appear {counts.count(count)} times" for count in _repeated(counts)]
+    pairs = [(pair.first, pair.second) for pair in result.comparisons]
+    wanted = list(combinations(sorted(set(counts)), 2))
+    if sorted(pairs) != wanted:
+        faults.append(f"comparisons: every pair of slice counts is required once, {wanted}, found {pairs}")
     wrong = _not_finite(result.model_dump())
     faults += [f"{where}: a finite number is required, found {value}" for where, value in wrong]
     for part in result.slice_counts:

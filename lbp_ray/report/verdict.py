@@ -1,6 +1,7 @@
 """What the figures say, in plain sentences made from the figures.
 
-No sentence ranks slice counts: overlapping intervals read "not distinguishable here", which claims no equality.
+No sentence ranks slice counts: what a paired comparison does not tell apart reads "not distinguishable here", which
+claims no equality.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ from lbp_ray.report.provenance import association_warning
 from lbp_ray.report.words import bounds, by_slices, interval_level, listed, metric, number, p_value, slices
 
 if TYPE_CHECKING:
-    from lbp_ray.result import Interval, StudyResult
+    from lbp_ray.result import AreaComparison, Interval, StudyResult
 
 CHANCE_AUC = 0.5
 """ROC-AUC of scores that know nothing of the label."""
 
 PERMUTATION_LEVEL = 0.05
 """A permutation p-value at or below this is called "stands out"; the value itself is always printed."""
+
+COMPARISON_LEVEL = 0.05
+"""Two slice counts differ when the adjusted p-value of their paired comparison is at or below this."""
 
 NULL_MEAN_TOLERANCE = 0.02
 """A permutation mean farther than this from 0.5 is pointed out: it hints at leakage or at a faulty shuffle."""
@@ -77,10 +81,19 @@ def comparison(result: StudyResult, name: str) -> str:
     """Write what a table cell may say about one metric across slice counts."""
     if len(result.slice_counts) < 2:
         return "one slice count only"
-    pairs = disjoint_pairs(result, name)
-    if not pairs:
+    if name == "roc_auc":
+        differ = differing(result)
+        pairs = ", ".join(f"{pair.first} | {pair.second} ({p_value(pair.p_adjusted)})" for pair in differ)
+        return f"differ: {pairs}" if differ else "not distinguishable here"
+    apart = disjoint_pairs(result, name)
+    if not apart:
         return "not distinguishable here"
-    return "intervals apart: " + ", ".join(f"{a} | {b}" for a, b in pairs)
+    return "intervals apart: " + ", ".join(f"{a} | {b}" for a, b in apart)
+
+
+def differing(result: StudyResult) -> list[AreaComparison]:
+    """Return the pairs of slice counts whose ROC-AUC differs on the same studies, after Holm's correction."""
+    return [pair for pair in result.comparisons if pair.p_adjusted <= COMPARISON_LEVEL]
 
 
 def _chance_sentences(result: StudyResult) -> list[str]:
@@ -166,23 +179,28 @@ def _permutation_sentences(result: StudyResult) -> list[str]:
 def _comparison_sentences(result: StudyResult) -> list[str]:
     if len(result.slice_counts) < 2:
         return []
-    counts = [part.num_slices for part in by_slices(result)]
-    apart = disjoint_pairs(result, "roc_auc")
-    if not apart:
+    differ, pairs = differing(result), len(result.comparisons)
+    holm = f", Holm over {pairs} pairs" if pairs > 1 else ""
+    if not differ:
+        counts = _slice_list([part.num_slices for part in by_slices(result)])
+        smallest = min(pair.p_adjusted for pair in result.comparisons)
+        told = f"{'smallest ' if pairs > 1 else ''}{p_value(smallest)}{holm}"
         return [
-            f"By ROC-AUC, {_slice_list(counts)} are not distinguishable here:"
-            " the intervals overlap, which does not make them equal."
+            f"By ROC-AUC on the same studies, {counts} are not distinguishable here ({told}),"
+            " which does not make them equal."
         ]
-    overlapping = [pair for pair in combinations(counts, 2) if pair not in apart]
-    if len(apart) + len(overlapping) > MAX_PAIRS_NAMED:
-        apart_of = f"By ROC-AUC, the intervals of {len(apart)} of {len(apart) + len(overlapping)} pairs of slice counts"
-        rest = "; the others overlap: not distinguishable here" if overlapping else ""
-        return [f"{apart_of} lie apart{rest}.", "One metric alone ranks nothing."]
-    sentence = f"By ROC-AUC, the intervals of {_pairs(apart)} lie apart"
-    if overlapping:
-        sentence += f"; those of {_pairs(overlapping)} overlap: not distinguishable here"
-    return [f"{sentence}.", "One metric alone ranks nothing."]
+    rest = "; the other pairs are not distinguishable here" if len(differ) < pairs else ""
+    if len(differ) > MAX_PAIRS_NAMED:
+        sentence = f"By ROC-AUC on the same studies, {len(differ)} of {pairs} pairs of slice counts differ{rest}."
+        return [sentence, "One metric alone ranks nothing."]
+    told = "; ".join(_difference(result, pair) for pair in differ)
+    return [f"By ROC-AUC on the same studies, {told}{holm}{rest}.", "One metric alone ranks nothing."]
 
 
-def _pairs(pairs: list[tuple[int, int]]) -> str:
-    return listed([f"{a} and {b} slices" for a, b in pairs]).replace(" slices and ", " slices and of ")
+def _difference(result: StudyResult, pair: AreaComparison) -> str:
+    side = "above" if pair.difference > 0 else "below"
+    low, high = sorted((abs(pair.low), abs(pair.high))) if pair.low * pair.high > 0 else (pair.low, pair.high)
+    return (
+        f"{slices(pair.second)} lie {number(abs(pair.difference))} {side} {slices(pair.first)}"
+        f" ({interval_level(result)} interval {number(low)} to {number(high)}, {p_value(pair.p_adjusted)})"
+    )
