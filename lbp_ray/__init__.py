@@ -29,5 +29,6 @@ The rooms, in the order the data meets them:
 - ``association``: crop sources against labels shuffled among patients.
 - ``aggregate``: the table to the one result object.
 - ``report``: tables, figures and a self-contained HTML page from the result alone.
+- ``unseal``: opens the sealed hold-out of a finished study and records it; ``python -m lbp_ray.unseal``.
 - ``predict``: one exam, DICOM to probability and evidence.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 from store_factory import make_record, make_store, pseudonym
@@ -79,3 +81,16 @@ def number_of(study_id):
 def sealed_exams(split):
     """Numbers of the exams in the hold-out."""
     return [number_of(study_id) for study_id in split.table.loc[split.table["fold"] == HOLDOUT, "study_id"]]
+
+
+def commit_trial(spec, folder, study):
+    """Leave what a trial leaves: scores of its fold and of the hold-out, drawn at random."""
+    folder.mkdir(parents=True)
+    chance = np.random.default_rng(spec.cell.fold)
+    for name, fold in (("out_of_fold", spec.cell.fold), ("holdout", HOLDOUT)):
+        table = study.analysed.table
+        rows = table[table["fold"] == fold][["study_id"]].assign(slice_index=2, slice_offset_mm=0.0)
+        rows.assign(probability=chance.random(len(rows))).to_parquet(folder / f"{name}.parquet")
+    losses = dict.fromkeys(("train_loss", "validation_loss", "validation_auc"), 0.5)
+    pd.DataFrame([{"epoch": 1, "stage": "frozen", **losses}]).to_parquet(folder / "history.parquet")
+    (folder / "trial.json").write_text(json.dumps({"trial_id": spec.trial_id, "environment": {"torch": "2"}}))

@@ -8,7 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cohort_factory import NUM_EXAMS, choose_middle, make_cohort, number_of, prepared, sealed_exams, study_config
+from cohort_factory import (
+    NUM_EXAMS,
+    choose_middle,
+    commit_trial,
+    make_cohort,
+    number_of,
+    prepared,
+    sealed_exams,
+    study_config,
+)
 from regions_factory import make_mask, make_regions
 from store_factory import pseudonym
 
@@ -473,19 +482,6 @@ def test_segmenter_scores_name_both_standard_errors(data, tmp_path):
 
 
 # --- the result ------------------------------------------------------------------------------------------------------
-
-
-def commit_trial(spec, folder, study):
-    """Leave what a trial leaves: scores of its fold and of the hold-out, drawn at random."""
-    folder.mkdir(parents=True)
-    chance = np.random.default_rng(spec.cell.fold)
-    for name, fold in (("out_of_fold", spec.cell.fold), ("holdout", HOLDOUT)):
-        table = study.analysed.table
-        rows = table[table["fold"] == fold][["study_id"]].assign(slice_index=2, slice_offset_mm=0.0)
-        rows.assign(probability=chance.random(len(rows))).to_parquet(folder / f"{name}.parquet")
-    losses = dict.fromkeys(("train_loss", "validation_loss", "validation_auc"), 0.5)
-    pd.DataFrame([{"epoch": 1, "stage": "frozen", **losses}]).to_parquet(folder / "history.parquet")
-    (folder / "trial.json").write_text(json.dumps({"trial_id": spec.trial_id, "environment": {"torch": "2"}}))
 
 
 def test_a_study_with_exams_without_crops_ends_in_a_report_that_says_so(data, tmp_path, fold_of, inside):

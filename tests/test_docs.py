@@ -68,6 +68,7 @@ def test_commands_were_found():
         "lbp_ray.segment",
         "lbp_ray.segment.export",
         "lbp_ray.tune",
+        "lbp_ray.unseal",
         "preprocess",
     }
     assert {"make demo", "make test", "make head"} <= set(MAKE)
