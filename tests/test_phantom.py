@@ -131,7 +131,7 @@ def test_every_configuration_loads(tmp_path, monkeypatch):
         path.stem: load(path.stem.removeprefix("phantom_"), tmp_path, monkeypatch).cohort.studies
         for path in CONFIGS.glob("phantom_*.yaml")
     }
-    assert studies == {"phantom_demo": 160, "phantom_tiny": 24, "phantom_oulu": 526}
+    assert studies == {"phantom_demo": 160, "phantom_tiny": 24, "phantom_roi": 400, "phantom_oulu": 526}
 
 
 @pytest.mark.parametrize(
