@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import test_segment_run
-from river import ROOT, expect, prepare_cohort, run, start, study_arguments, tables
+from river import LIMIT_S, ROOT, expect, prepare_cohort, run, start, study_arguments, tables
 
 from preprocess.job import NODE_LOST_STATUS
 
@@ -131,7 +131,7 @@ def test_kill_at_a_random_moment(undisturbed, tmp_path, moment):
         workers = [pid for pid, command in below.items() if command.startswith("ray::")]
         for pid in chance.sample(sorted(workers), min(1, len(workers))):
             os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=400)
+    process.communicate(timeout=LIMIT_S)
     wait_until_gone(below)
     finish_and_compare(root, tmp_path / "runs", runs)
 
@@ -148,7 +148,7 @@ def test_a_lost_node_ends_the_driver_with_what_to_do(undisturbed, tmp_path):
     below = descendants(process.pid)
     agents = [pid for pid, command in below.items() if command == "ray::RuntimeEnvAgent"]
     os.kill(agents[0], signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=LIMIT_S)
     wait_until_gone(below)
     assert process.returncode == NODE_LOST_STATUS
     assert "the Ray node of this machine has died; run the same command again" in output

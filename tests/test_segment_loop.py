@@ -98,11 +98,11 @@ def test_turn_mirrors_columns_and_rotates_counter_clockwise():
 
 def test_only_training_slices_are_turned():
     lumbar = task()
-    plain = lumbar.data.batch(lumbar.validation_rows)
+    plain = lumbar.data.batch(lumbar.validation_rows, "cpu")
     seen = lumbar.validation_batch(np.arange(lumbar.validation_size))
     assert all(torch.equal(one, other) for one, other in zip(plain, seen, strict=True))
     turned = lumbar.training_batch(np.arange(lumbar.size), epoch=1)
-    straight = lumbar.data.batch(lumbar.training_rows)
+    straight = lumbar.data.batch(lumbar.training_rows, "cpu")
     assert not torch.equal(turned[0], straight[0])
     assert turned[1].unique().tolist() == [0.0, 1.0]
 
@@ -288,3 +288,12 @@ def test_a_blank_slice_has_an_empty_mask(tmp_path):
     torch.save(build_unet(None, seed=0).state_dict(), tmp_path / "model.pt")
     masks = Segmenter(tmp_path / "model.pt", input_px=32).masks([np.full((32, 32), 7), np.eye(32)])
     assert not masks[0].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_trains_what_a_cpu_trains(tmp_path):
+    on_cpu = curve(Training(small_network(), task(), SCHEDULE), tmp_path / "none.pt")
+    there = replace(task(), device="cuda")
+    on_gpu = curve(Training(small_network(), there, SCHEDULE, device="cuda"), tmp_path / "none.pt")
+    np.testing.assert_allclose(on_gpu[0], on_cpu[0], rtol=1e-2)

@@ -38,7 +38,6 @@ def train_worker(config: dict[str, Any]) -> None:
 
     spec: FoldSpec = config["spec"]
     place: FoldPlace = config["place"]
-    os.environ["OMP_NUM_THREADS"] = str(spec.recipe.threads)
     given = {"checkpoint_s": config["checkpoint_s"], "device": str(get_device())}
     for record in train_fold(spec, config["folder"], place, **given):
         ray.train.report(asdict(record))

@@ -40,6 +40,8 @@ class LumbarTask:
     flip_share: float
     rotation_deg: float
     seed: int
+    device: str = "cpu"
+    """Where batches are standardised and turned: the network's device."""
 
     @property
     def size(self) -> int:
@@ -57,12 +59,12 @@ class LumbarTask:
             seed=self.seed, epoch=epoch, size=self.size, flip_share=self.flip_share, rotation_deg=self.rotation_deg
         )
         pose = Pose(*(values[samples_B] for values in poses))
-        images, masks = self.data.batch(self.training_rows[samples_B])
+        images, masks = self.data.batch(self.training_rows[samples_B], self.device)
         return turn(images, pose).contiguous(memory_format=torch.channels_last), (turn(masks, pose) >= 0.5).float()
 
     def validation_batch(self, samples_B: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return slices and masks as they are."""
-        return self.data.batch(self.validation_rows[samples_B])
+        return self.data.batch(self.validation_rows[samples_B], self.device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the recipe's loss of every slice."""
@@ -73,7 +75,7 @@ class LumbarTask:
         return dice_per_image(outputs, targets)
 
 
-def lumbar_task(folder: Path, fold: int, recipe: RegionRecipe) -> LumbarTask:
+def lumbar_task(folder: Path, fold: int, recipe: RegionRecipe, *, device: str = "cpu") -> LumbarTask:
     """Choose the slices that one network is trained and looked at on.
 
     Parameters
@@ -84,6 +86,8 @@ def lumbar_task(folder: Path, fold: int, recipe: RegionRecipe) -> LumbarTask:
         Left out for validation; `lbp_ray.segment.network.FINAL` leaves out none.
     recipe
         Loss, poses and seed.
+    device
+        Torch device of this worker.
     """
     slices = pd.read_parquet(folder / "slices.parquet")
     return LumbarTask(
@@ -94,6 +98,7 @@ def lumbar_task(folder: Path, fold: int, recipe: RegionRecipe) -> LumbarTask:
         flip_share=recipe.flip_share,
         rotation_deg=recipe.rotation_deg,
         seed=recipe.seed,
+        device=device,
     )
 
 
@@ -148,7 +153,7 @@ def train_fold(
     torch.set_num_threads(spec.recipe.threads)
     network = build_unet(None, seed=spec.recipe.seed)
     network.load_state_dict(torch.load(folder / "initial.pt", map_location="cpu", weights_only=True))
-    task = lumbar_task(folder, spec.fold, spec.recipe)
+    task = lumbar_task(folder, spec.fold, spec.recipe, device=device)
     training = Training(network, task, schedule_of(spec.recipe), device=device)
     yield from training.epochs(place.checkpoint, checkpoint_s=checkpoint_s)
     if rank == 0:

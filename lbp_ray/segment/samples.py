@@ -96,12 +96,13 @@ class TrainingSet:
         arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "masks", "used"))
         return cls(*arrays)
 
-    def batch(self, rows_B: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return standardised images and masks of some rows: (B, 1, P, P) float32 each."""
-        images = standardise_grid(
-            torch.from_numpy(self.images_NPP[rows_B].astype(np.float32)), torch.from_numpy(self.used_N2[rows_B])
+    def batch(self, rows_B: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
+        """Return standardised images and masks of some rows: (B, 1, P, P) float32 each, made on the device."""
+        values, masks, used = (
+            torch.from_numpy(np.ascontiguousarray(array[rows_B]).astype(dtype)).to(device)
+            for array, dtype in ((self.images_NPP, np.float32), (self.masks_NPP, np.uint8), (self.used_N2, np.int64))
         )
-        return images, torch.from_numpy(self.masks_NPP[rows_B].astype(np.float32)).unsqueeze(1)
+        return standardise_grid(values, used), masks.float().unsqueeze(1)
 
 
 class Pose(NamedTuple):
@@ -126,8 +127,8 @@ def draw_poses(*, seed: int, epoch: int, size: int, flip_share: float, rotation_
 
 def turn(values_B1PP: Tensor, pose: Pose) -> Tensor:
     """Flip and rotate images; what comes from outside is 0."""
-    angle = torch.from_numpy(np.deg2rad(pose.angle_deg_B)).float()
-    mirror = torch.from_numpy(np.where(pose.flip_B, -1.0, 1.0)).float()
+    angle = torch.from_numpy(np.deg2rad(pose.angle_deg_B)).float().to(values_B1PP.device)
+    mirror = torch.from_numpy(np.where(pose.flip_B, -1.0, 1.0)).float().to(values_B1PP.device)
     zero = torch.zeros_like(angle)
     first = torch.stack([mirror * angle.cos(), -mirror * angle.sin(), zero], dim=1)
     second = torch.stack([angle.sin(), angle.cos(), zero], dim=1)
