@@ -39,7 +39,8 @@ def store(tmp_path_factory):
     path = tmp_path_factory.mktemp("store") / "x.zarr"
     scaled = {"rescale_slope": (2.0,) * 5, "rescale_intercept": (-7.0,) * 5}
     series = [(make_record(n, pixels_of(n), **(scaled if n == 1 else {})), pixels_of(n)) for n in range(NUM_EXAMS)]
-    return SliceStore.open(make_store(path, series))
+    beside = (make_record(20, pixels_of(0), contrast="t1_sagittal"), pixels_of(0))
+    return SliceStore.open(make_store(path, [*series, beside]), contrast="t2_sagittal")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from store_factory import pseudonym
 
 from lbp_ray.prepare import seal
-from lbp_ray.segment.config import RegionFolds, SegmentConfig
+from lbp_ray.segment.config import RegionCompute, RegionFolds, SegmentConfig
 from lbp_ray.segment.fold import lumbar_task
 from lbp_ray.segment.masks import mask_shards
 from lbp_ray.segment.network import APART, FINAL, SegmentError
@@ -118,9 +118,9 @@ def test_training_set_holds_slices_and_masks_of_the_store(data, tmp_path):
     pixels = plan.store.read_slice(str(plan.annotated["series_id"].iloc[0]), 2)  # 16 x 12, doubled onto the grid
     assert found.images_NPP.shape == (12, 32, 32)
     assert found.used_N2.tolist() == [[32, 24]] * 12
-    assert abs(found.images_NPP[0, :, :24].mean() - pixels.mean()) < 15
+    assert abs(found.images_NPP[0, :, 4:28].mean() - pixels.mean()) < 15
     assert found.masks_NPP[0].sum() == 4 * 8 * 6  # rows 4 to 12, columns 3 to 9
-    assert (found.images_NPP[0, :, 24:] == 0).all()
+    assert (found.images_NPP[0, :, 28:] == 0).all()
 
 
 def test_faulty_annotations_are_named_and_told(data, tmp_path, capsys):
@@ -128,7 +128,9 @@ def test_faulty_annotations_are_named_and_told(data, tmp_path, capsys):
     (tmp_path / "annotations.xml").write_text(text)
     plan = plan_regions(region_config(data, tmp_path, annotations=tmp_path / "annotations.xml"))
     assert len(plan.annotated) == 11
-    assert "1 of 12 annotated images were not used" in plan.statements[0]
+    assert plan.statements[0].startswith("1 annotated images were not used; faults.csv names each")
+    (fault,) = plan.faults.values()
+    assert "repeated_L2L3" in fault
     assert "repeated_L2L3" in capsys.readouterr().err
 
 
@@ -163,3 +165,16 @@ def test_the_first_state_is_on_disk_for_every_worker(data, tmp_path):
     state = torch.load(plan.folder / "initial.pt", weights_only=True)
     assert state["encoder.features.0.weight"].shape[1] == 1
     assert len(pd.read_parquet(plan.folder / "slices.parquet")) == 12
+
+
+def test_an_image_that_names_another_study_is_refused(data, tmp_path):
+    text = (data / "annotations.xml").read_text().replace(f"{pseudonym('s', 7)}/", f"{pseudonym('s', 8)}/", 1)
+    (tmp_path / "annotations.xml").write_text(text)
+    with pytest.raises(SegmentError, match="names another study than its series has"):
+        plan_regions(region_config(data, tmp_path, annotations=tmp_path / "annotations.xml"))
+
+
+@pytest.mark.parametrize("gpus", [0.5, 2])
+def test_several_workers_need_whole_gpus(gpus):
+    with pytest.raises(ValidationError, match="one whole GPU each"):
+        RegionCompute.model_validate({"workers": 2, "gpus_per_worker": gpus})

@@ -12,6 +12,7 @@ import pytest
 from river import expect, prepare_cohort, result_folder, run, study_arguments
 
 from lbp_ray.roi.regions import MODEL, OUT_OF_FOLD, Regions, mask_of
+from lbp_ray.segment.network import SegmentError
 from lbp_ray.splits import HOLDOUT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -131,6 +132,22 @@ def test_predictions_go_to_cvat_and_come_back(root, found):
     filled = regions.table[regions.table["components"] > 0]
     assert set(back) == set(filled["series_id"])
     assert all(np.array_equal(back[row["series_id"]], mask_of(row)) for row in filled.to_dict("records"))
+
+
+def test_no_more_workers_are_asked_for_than_nodes_hold():
+    """A worker that fits on no node would be waited for, for ever."""
+    import ray
+
+    from lbp_ray.distributed.regions import workers_that_fit
+
+    ray.init(address="local", num_cpus=3, num_gpus=1, include_dashboard=False)
+    try:
+        assert [workers_that_fit(threads, 0) for threads in (1, 2, 3)] == [3, 1, 1]
+        assert workers_that_fit(2, 0.5) == 1
+        with pytest.raises(SegmentError, match=r"2 worker\(s\) of .* required, the cluster's nodes hold 1"):
+            workers_that_fit(2, 0, least=2)
+    finally:
+        ray.shutdown()
 
 
 # --- kill -9 ---------------------------------------------------------------------------------------------------------

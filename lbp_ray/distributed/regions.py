@@ -124,10 +124,14 @@ def train_networks(specs: list[FoldSpec], folder: Path, paths: RunPaths, compute
     SegmentError
         If no node or too small a cluster could hold one, or networks failed after all retries.
     """
-    missing = [spec for spec in specs if not place_of(spec, paths).final.is_dir()]
+    places = {spec: place_of(spec, paths) for spec in specs}
+    missing = [spec for spec, place in places.items() if not place.final.is_dir()]
+    for spec in places.keys() - set(missing):
+        places[spec].checkpoint.unlink(missing_ok=True)  # left by a kill right after the commit
     if not missing:
         return
-    at_once = _networks_at_once(missing[0], compute)
+    at_once = workers_that_fit(missing[0].recipe.threads, compute.gpus_per_worker, least=missing[0].workers)
+    at_once //= missing[0].workers
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the bar is the console; Tune's own boxes stay away
     cells = {spec.name: (spec, place_of(spec, paths)) for spec in missing}
     total = len(missing) * missing[0].recipe.epochs
@@ -157,18 +161,31 @@ def train_networks(specs: list[FoldSpec], folder: Path, paths: RunPaths, compute
         raise SegmentError(msg)
 
 
-def _networks_at_once(spec: FoldSpec, compute: RegionCompute) -> int:
-    """How many networks the cluster holds; more would each wait for workers that the others hold."""
-    needed = {"CPU": float(spec.recipe.threads), "GPU": compute.gpus_per_worker}
+def workers_that_fit(threads: int, gpus: float, *, least: int = 1) -> int:
+    """Count the workers of some size that the cluster's nodes hold; more would wait for ever.
+
+    Parameters
+    ----------
+    threads, gpus
+        CPUs and GPUs of one worker, which cannot be split over nodes.
+    least
+        How many are needed.
+
+    Raises
+    ------
+    SegmentError
+        If fewer fit.
+    """
+    needed = {"CPU": float(threads), "GPU": gpus}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     workers = sum(min(int(node.get(name, 0.0) / amount) for name, amount in needed.items() if amount) for node in nodes)
-    if workers < spec.workers:
+    if workers < least:
         msg = (
-            f"a network needs {spec.workers} worker(s) of {needed}, the cluster holds {workers} such worker(s); "
+            f"{least} worker(s) of {needed} are required, the cluster's nodes hold {workers}; "
             "lower compute.workers, recipe.threads or compute.gpus_per_worker"
         )
         raise SegmentError(msg)
-    return workers // spec.workers
+    return workers
 
 
 @ray.remote(max_restarts=3, max_task_retries=3)
@@ -206,13 +223,13 @@ def segment_store(
     if not missing:
         return
     threads = networks[missing[0].fold].threads
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    room = int(resources.get("GPU", 0) / gpus) if gpus else int(resources.get("CPU", 1) / threads)
+    room = min(workers_that_fit(threads, gpus), len(missing))
     worker: Any = MaskWorker
-    idle = [worker.options(num_cpus=threads, num_gpus=gpus).remote() for _ in range(max(1, min(room, len(missing))))]
+    idle = [worker.options(num_cpus=threads, num_gpus=gpus).remote() for _ in range(room)]
     total = sum(len(shard.slices) for shard in shards)
     left = sum(len(shard.slices) for shard in missing)
     waiting = iter(enumerate(missing))
+    begun_s = time.monotonic()
     running: dict[Any, Any] = {}
     with tqdm(total=total, initial=total - left, desc="masks", unit="slice", disable=not progress) as bar:
         while True:
@@ -221,6 +238,9 @@ def segment_store(
                 running[call.remote(shard, networks[shard.fold], store, shards[shard])] = actor
                 idle.remove(actor)
             if not running:
+                bar.write(
+                    f"{left} slices masked by {room} worker(s), {left / (time.monotonic() - begun_s):.1f} per second"
+                )
                 return
             done, _ = ray.wait(list(running), num_returns=1)
             for reference in done:

@@ -51,16 +51,16 @@ def run_regions(config: SegmentConfig) -> Regions:
     specs = fold_specs(config, plan)
     address = regions_address(specs, plan)
     folder = paths.regions(address)
+    files = folder.with_suffix(".shards")
     if not folder.is_dir():
         networks = _networks(config, specs, paths)
-        files = folder.with_suffix(".shards")
         shards = {shard: files / f"{shard.shard_id[:16]}.parquet" for shard in mask_shards(plan)}
         with connect():
             train_networks(specs, plan.folder, paths, config.compute)
             segment_store(shards, networks, config.paths.store, gpus=gpus, progress=config.compute.verbose)
         models = {fold: network.model for fold, network in networks.items()}
         assemble(config, plan, read_masks(shards), read_history(specs, paths), models, folder=folder)
-        shutil.rmtree(files, ignore_errors=True)
+    shutil.rmtree(files, ignore_errors=True)  # also after a kill right after the commit
     return Regions.open(folder)
 
 

@@ -88,6 +88,8 @@ def assemble(
         table.to_parquet(partial / "regions.parquet", index=False)
         scores.to_parquet(partial / "scores.parquet", index=False)
         history.to_parquet(partial / "history.parquet", index=False)
+        faults = pd.DataFrame(list(plan.faults.items()), columns=["image", "fault"])
+        faults.to_csv(partial / "faults.csv", index=False)
         (partial / "regions.json").write_text(meta.model_dump_json(indent=1))
         for fold, path in models.items():
             if fold == FINAL or config.compute.keep_models == "all":

@@ -109,9 +109,16 @@ class RegionCompute(FrozenModel):
     checkpoint_s: Annotated[float, Field(ge=0)] = 60.0
     """Least time between two in-progress checkpoints of one network, in seconds; each writes 220 MB."""
     keep_models: Literal["final", "all"] = "final"
-    """Networks that stay beside the regions (73 MB each); fold networks are otherwise dropped when masks are made."""
+    """Networks that stand beside the regions (73 MB each); all of them stay in the folder of the region finder."""
     verbose: bool = True
     """Progress bars and a console line per finished fold."""
+
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> Self:
+        if self.workers > 1 and self.gpus_per_worker not in (0, 1):
+            msg = f"several workers need one whole GPU each, or none; gpus_per_worker is {self.gpus_per_worker}"
+            raise ValueError(msg)
+        return self
 
 
 class SegmentConfig(FrozenModel):

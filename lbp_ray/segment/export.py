@@ -16,6 +16,7 @@ from lbp_ray.roi.regions import RegionError, Regions, mask_of
 from preprocess.commit import committed_directory
 from preprocess.cvat.shapes import REGION, CvatImage, Mask
 from preprocess.cvat.write import write_cvat
+from preprocess.midsagittal.choose import CONTRAST
 from preprocess.store.export import Stack, export_stack
 from preprocess.store.read import SliceStore
 
@@ -121,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--flagged", action="store_true", help="only the masks that are flagged for review")
     options = parser.parse_args(arguments)
     try:
-        store, regions = SliceStore.open(options.store), Regions.open(options.regions)
+        store, regions = SliceStore.open(options.store, contrast=CONTRAST), Regions.open(options.regions)
         written = export_regions(store, regions, options.out, flagged=options.flagged)
     except (OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")

@@ -144,6 +144,7 @@ def train_fold(
         If a loss is not finite or the slices are too few.
     """
     if place.final.is_dir():
+        place.checkpoint.unlink(missing_ok=True)  # left by a kill right after the commit
         yield from (EpochRecord(**row) for row in json.loads((place.final / "history.json").read_text()))
         return
     rank, world = rank_and_world()

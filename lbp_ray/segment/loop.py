@@ -204,9 +204,13 @@ class Training:
         commit_point("segment:checkpoint")
 
     def _resume(self, checkpoint: Path) -> None:
-        if not checkpoint.is_file():
+        """Take up the first worker's checkpoint on all workers: on another host its file may not be seen yet."""
+        found = [checkpoint.read_bytes() if self.rank == 0 and checkpoint.is_file() else None]
+        if self.world > 1:
+            dist.broadcast_object_list(found, src=0)
+        if found[0] is None:
             return
-        state = torch.load(checkpoint, map_location=self.device, weights_only=True)
+        state = torch.load(io.BytesIO(found[0]), map_location=self.device, weights_only=True)
         self.history = [EpochRecord(**record) for record in state["history"]]
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lbp_ray.roi.annotations import AnnotatedSlice
     from lbp_ray.segment.config import SegmentConfig
 
-SET_VERSION = 1
+SET_VERSION = 2
 """Raised by hand when the same inputs give another training set or other networks."""
 
 MAX_LISTED = 20
@@ -61,6 +61,8 @@ class Plan:
     annotations_sha256: str
     nested_in: str | None
     num_folds: int
+    faults: dict[str, str]
+    """Annotated images that are not used → why."""
     statements: tuple[str, ...]
 
     def model_of(self, patient_id: str) -> int:
@@ -84,7 +86,8 @@ def plan_regions(config: SegmentConfig) -> Plan:
     store = SliceStore.open(config.paths.store, contrast=CONTRAST)
     midsagittal = config.paths.midsagittal or find_midsagittal_artefact(config.paths.store, store.content_hash)
     middle = _middle(store, midsagittal)
-    slices, statements = _sound_slices(config.paths.annotations, store)
+    slices, faults = _sound_slices(config.paths.annotations, store)
+    lost = f"{len(faults)} annotated images were not used; faults.csv names each with its fault."
     annotated = _annotated(slices, store)
     split = sealed_split(RunPaths(config.paths.runs, config.folds.study)) if config.folds.study else None
     fold_of_patient = assign_folds(config, annotated, split)
@@ -119,7 +122,8 @@ def plan_regions(config: SegmentConfig) -> Plan:
         annotations_sha256=str(identity["annotations"]),
         nested_in=split.split_hash if split is not None and config.folds.nested else None,
         num_folds=_num_folds(config, split),
-        statements=(*config.statements, *statements),
+        faults=faults,
+        statements=(*config.statements, *([lost] if faults else [])),
     )
 
 
@@ -132,33 +136,38 @@ def _middle(store: SliceStore, midsagittal: Path) -> pd.DataFrame:
     return rows.sort_values("study_id", ignore_index=True)
 
 
-def _sound_slices(path: Path, store: SliceStore) -> tuple[list[AnnotatedSlice], tuple[str, ...]]:
-    """Annotated slices that can be used, in a fixed order, and what must be said of the others."""
+def _sound_slices(path: Path, store: SliceStore) -> tuple[list[AnnotatedSlice], dict[str, str]]:
+    """Annotated slices that can be used, in a fixed order, and why the others cannot, by image."""
     found = read_annotations(path)
     known = set(store.manifest["series_id"])
+    strangers = {item.name: "not_in_store" for item in found if item.series_id not in known}
+    faults = strangers | faults_by_image(found)
     sound = [item for item in found if not item.fault and item.series_id in known]
     if not sound:
         msg = f"{path}: none of {len(found)} annotated image(s) is sound and of this store; link the annotations again"
-        raise SegmentError(f"{msg}{_listed(found)}")
-    if len(sound) < len(found):
-        sys.stderr.write(f"{path}: {len(found) - len(sound)} annotated image(s) are not used{_listed(found)}\n")
-        statements: tuple[str, ...] = (
-            f"{len(found) - len(sound)} of {len(found)} annotated images were not used: faulty, or of another store.",
-        )
-    else:
-        statements = ()
-    return sorted(sound, key=lambda item: (item.study_id, item.series_id, item.slice_index)), statements
+        raise SegmentError(f"{msg}{_listed(faults)}")
+    if faults:
+        sys.stderr.write(f"{path}: {len(faults)} annotated image(s) are not used{_listed(faults)}\n")
+    return sorted(sound, key=lambda item: (item.study_id, item.series_id, item.slice_index)), faults
 
 
-def _listed(found: list[AnnotatedSlice]) -> str:
+def _listed(faults: dict[str, str]) -> str:
     """Faulty images, a line each, as far as anyone would read."""
-    faults = [f"  {name}: {fault}" for name, fault in faults_by_image(found).items()]
-    more = [f"  and {len(faults) - MAX_LISTED} more"] if len(faults) > MAX_LISTED else []
-    return "".join(f"\n{line}" for line in faults[:MAX_LISTED] + more)
+    lines = [f"  {name}: {fault}" for name, fault in faults.items()]
+    more = [f"  and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+    return "".join(f"\n{line}" for line in lines[:MAX_LISTED] + more)
 
 
 def _annotated(slices: list[AnnotatedSlice], store: SliceStore) -> pd.DataFrame:
-    patients = store.manifest.set_index("series_id")["patient_id"]
+    owners = store.manifest.set_index("series_id")
+    wrong = [item for item in slices if item.study_id != owners.loc[item.series_id, "study_id"]]
+    if wrong:
+        msg = (
+            f"image {wrong[0].study_id}/{wrong[0].series_id}/{wrong[0].slice_index} ({len(wrong)} such image(s)) names "
+            "another study than its series has in the store; link the annotations again"
+        )
+        raise SegmentError(msg)
+    patients = owners["patient_id"]
     rows = [(item.study_id, patients[item.series_id], item.series_id, item.slice_index) for item in slices]
     frame = pd.DataFrame(rows, columns=["study_id", "patient_id", "series_id", "slice_index"])
     repeated = frame[frame.duplicated(["series_id", "slice_index"])]

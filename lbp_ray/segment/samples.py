@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Grid(NamedTuple):
-    """Where an image of some size lies on the network's square grid: scaled to fit, at the upper left."""
+    """Where an image of some size lies on the network's square grid: scaled to fit, in the middle."""
 
     rows: int
     columns: int
@@ -26,9 +26,20 @@ class Grid(NamedTuple):
 
     @property
     def used(self) -> tuple[int, int]:
-        """Rows and columns of the grid that the image covers; the rest is padding."""
+        """How many rows and columns of the grid the image covers; the rest is padding, as much on both sides."""
         scale = self.size_px / max(self.rows, self.columns)
         return max(1, round(self.rows * scale)), max(1, round(self.columns * scale))
+
+    @property
+    def place(self) -> tuple[slice, slice]:
+        """Rows and columns of the grid that the image covers."""
+        first, second = (slice(corner, corner + size) for corner, size in zip(self._corner, self.used, strict=True))
+        return first, second
+
+    @property
+    def _corner(self) -> tuple[int, int]:
+        rows, columns = self.used
+        return (self.size_px - rows) // 2, (self.size_px - columns) // 2
 
     def resample(self, values_HW: np.ndarray) -> Tensor:
         """Bring an image, or a mask as shares of pixels, onto the grid: (P, P) float32, zero outside the image."""
@@ -36,12 +47,12 @@ class Grid(NamedTuple):
         if self.used != (self.rows, self.columns):
             values = interpolate(values, size=self.used, mode="bilinear", antialias=True, align_corners=False)
         grid = torch.zeros(self.size_px, self.size_px)
-        grid[: self.used[0], : self.used[1]] = values[0, 0]
+        grid[self.place] = values[0, 0]
         return grid
 
     def restore(self, logits_PP: Tensor) -> np.ndarray:
         """Bring logits back to the image's own pixels and decide: (rows, columns) bool."""
-        values = logits_PP[: self.used[0], : self.used[1]].float()[None, None]
+        values = logits_PP[self.place].float()[None, None]
         if self.used != (self.rows, self.columns):
             values = interpolate(values, size=(self.rows, self.columns), mode="bilinear", align_corners=False)
         return np.asarray(values[0, 0].cpu().numpy() > 0)
@@ -68,7 +79,9 @@ def standardise_grid(values_BPP: Tensor, used_B2: Tensor) -> Tensor:
         If an image is constant.
     """
     axis = torch.arange(values_BPP.shape[-1], device=values_BPP.device)
-    inside = (axis[:, None] < used_B2[:, :1, None]) & (axis[None, :] < used_B2[:, 1:, None])
+    corner_B2 = (values_BPP.shape[-1] - used_B2) // 2
+    covered_B2P = (axis >= corner_B2[:, :, None]) & (axis < (corner_B2 + used_B2)[:, :, None])
+    inside = covered_B2P[:, 0, :, None] & covered_B2P[:, 1, None, :]
     values = values_BPP.float()
     count = inside.sum((1, 2), keepdim=True)
     mean = (values * inside).sum((1, 2), keepdim=True) / count
