@@ -36,6 +36,7 @@ from lbp_ray.result import (
     PermutationNull,
     SliceCountResult,
     StudyResult,
+    table_hashes,
 )
 from lbp_ray.splits import HOLDOUT
 from preprocess.commit import committed_directory, content_id
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from lbp_ray.prepare import Prepared
     from lbp_ray.study import EvaluationConfig, StudyConfig
 
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 """Raised by hand when the same trials give other figures; part of a result's address."""
 
 
@@ -96,7 +97,8 @@ def aggregate(
     with committed_directory(final, point="result") as folder:
         table.to_parquet(folder / "out_of_fold.parquet", index=False)
         collect_holdout(specs, folders).to_parquet(folder / "holdout.parquet", index=False)
-        result.save(folder / "result.json")
+        sound = result.model_copy(update={"hashes": result.hashes | table_hashes(folder)})
+        sound.save(folder / "result.json")
     return final
 
 

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy.stats import norm, rankdata
+from scipy.stats import beta, norm, rankdata
 
 from lbp_ray.metrics import check_scores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+NO_SPREAD = 1e-7
+"""Standard deviation of an area, and difference of two, that is rounding error: one pair of exams moves more."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +112,36 @@ def area_interval(areas: Areas, row: int, *, level: float) -> tuple[float, float
 
     Notes
     -----
-    An area of exactly 0 or 1 has no logit and no variance. Its other end is then that of a share (none, or all) of the
-    patients of the smaller class, by Clopper and Pearson, which errs on the wide side.
+    An area that does not vary is not known for certain: perfect or constant scores have no variance. Its interval is
+    then that of a share of the patients of the smaller class, by Clopper and Pearson, which errs on the wide side: the
+    low end of the area rounded down to whole patients, the high end of the area rounded up.
 
     References
     ----------
     Pepe, The Statistical Evaluation of Medical Tests (2003), section 5.2: intervals for the AUC by its logit.
+    Clopper and Pearson, Biometrika 26 (1934).
     """
     area = float(areas.areas_K[row])
-    if area in (0.0, 1.0):
-        end = ((1 - level) / 2) ** (1 / areas.smaller_class)
-        return (end, 1.0) if area else (0.0, 1 - end)
-    spread = np.sqrt(max(float(areas.covariance_KK[row, row]), 0.0))
+    spread = _deviation(areas.covariance_KK[row, row])
+    if spread <= NO_SPREAD:
+        return _share_interval(area, areas.smaller_class, level=level)
     half = norm.ppf((1 + level) / 2) * spread / (area * (1 - area))
     logit = np.log(area / (1 - area))
     low, high = 1 / (1 + np.exp(-(logit - half))), 1 / (1 + np.exp(-(logit + half)))
     return float(low), float(high)
+
+
+def _deviation(variance: float) -> float:
+    """Return the standard deviation; a variance over clusters may come out below 0."""
+    return float(np.sqrt(max(variance, 0.0)))
+
+
+def _share_interval(share: float, patients: int, *, level: float) -> tuple[float, float]:
+    tail = (1 - level) / 2
+    fewest, most = np.floor(share * patients), np.ceil(share * patients)
+    low = float(beta.ppf(tail, fewest, patients - fewest + 1)) if fewest > 0 else 0.0
+    high = float(beta.ppf(1 - tail, most + 1, patients - most)) if most < patients else 1.0
+    return low, high
 
 
 def difference_of(areas: Areas, first: int, second: int, *, level: float) -> Difference:
@@ -138,13 +155,19 @@ def difference_of(areas: Areas, first: int, second: int, *, level: float) -> Dif
         Which sets of scores.
     level
         Nominal coverage of the interval.
+
+    Notes
+    -----
+    Where neither area varies (perfect or constant scores), or two that differ vary as one, nothing tells how far the
+    difference would be another one on other patients. It is then not estimable: the interval is -1 to 1, the p-value 1.
     """
     difference = float(areas.areas_K[first] - areas.areas_K[second])
     covariance = areas.covariance_KK
     variance = covariance[first, first] + covariance[second, second] - 2 * covariance[first, second]
-    spread = float(np.sqrt(max(variance, 0.0)))
-    if spread == 0:
-        return Difference(difference, difference, difference, 1.0 if difference == 0 else 0.0)
+    spread = _deviation(variance)
+    if spread <= NO_SPREAD:
+        same = abs(difference) <= NO_SPREAD < _deviation(covariance[first, first])
+        return Difference(difference, *((difference, difference) if same else (-1.0, 1.0)), p_value=1.0)
     half = float(norm.ppf((1 + level) / 2)) * spread
     return Difference(difference, difference - half, difference + half, float(2 * norm.sf(abs(difference) / spread)))
 

@@ -14,9 +14,20 @@ from lbp_ray.nets.weights import load_backbone_weights, weights_sha256
 from lbp_ray.result import FunnelStep
 from lbp_ray.roi.centres import annotated_centres, predicted_centres
 from lbp_ray.roi.crops import CropRequest, Crops, build_crops
-from lbp_ray.roi.provenance import check_regions, find_regions, open_regions
+from lbp_ray.roi.provenance import check_regions, find_regions, manual_statements, open_regions
 from lbp_ray.runs import RunError, RunPaths
-from lbp_ray.splits import HOLDOUT, Split, SplitError, holdout_commitment, make_split, split_hash, training_labels
+from lbp_ray.splits import (
+    HOLDOUT,
+    LEDGER,
+    Split,
+    SplitError,
+    find_split,
+    holdout_commitment,
+    make_split,
+    read_ledger,
+    split_hash,
+    training_labels,
+)
 from preprocess.commit import canonical_json, committed_directory, content_id
 from preprocess.midsagittal.choose import CONTRAST, load_midsagittal
 from preprocess.midsagittal.match import load_templates
@@ -69,12 +80,14 @@ def seal(config: StudyConfig) -> Sealed:
     """Open the store, label the exams and split the patients: all that may be decided before anything is trained.
 
     The split is drawn from all labelled exams with a mid-sagittal slice, whatever becomes of their crops, so that
-    whatever helps to crop can be kept from the sealed patients. One that exists is opened, not drawn again.
+    whatever helps to crop can be kept from the sealed patients. One that exists is opened, not drawn again. A cohort
+    that grew draws another, and the report says so where exams of it were opened before.
 
     Raises
     ------
     ValueError
-        Of the room at fault: an incomplete store, a questionnaire row without an exam, too few patients, a leaky split.
+        Of the room at fault: an incomplete store, a questionnaire row without an exam, too few patients, a leaky split,
+        a changed ledger.
     """
     paths = RunPaths(config.paths.runs, config.name)
     store = SliceStore.open(config.paths.store, contrast=CONTRAST)
@@ -84,7 +97,8 @@ def seal(config: StudyConfig) -> Sealed:
     task = exams[exams["label"].notna() & exams["study_id"].isin(chosen["study_id"])]
     template_patients = frozenset(load_templates(midsagittal / "templates.npz").patient_ids)
     split = _split(config, paths, task, template_patients)
-    return Sealed(paths, store, midsagittal, exams, split, _check_templates(config, split, template_patients))
+    statements = _check_templates(config, split, template_patients) + _opened_statements(paths, split)
+    return Sealed(paths, store, midsagittal, exams, split, statements)
 
 
 def prepare(config: StudyConfig) -> Prepared:
@@ -106,7 +120,7 @@ def prepare(config: StudyConfig) -> Prepared:
         regions = _open_regions(config, sealed)
         statements += check_regions(regions, sealed.split, config.roi)
     crops = _crops(config, sealed, regions)
-    statements += _resampling_statements(config.roi, crops.table)
+    statements += (*_resampling_statements(config.roi, crops.table), *manual_statements(crops.table))
     analysed = sealed.split.of_studies(crops.table["study_id"])
     _require_both_classes(analysed.table, sealed.split.table, crops.excluded)
     return Prepared(
@@ -230,7 +244,14 @@ def _listed(found: list[Path], metas: dict[Path, dict[str, Any]]) -> str:
     return f" ({', '.join(notes)})" if notes else ""
 
 
-def _exams(questionnaire: Path, store: SliceStore) -> pd.DataFrame:
+def read_questionnaire(questionnaire: Path) -> pd.DataFrame:
+    """Read a linked questionnaire.
+
+    Raises
+    ------
+    CohortError
+        If it is absent or not linked.
+    """
     if not questionnaire.is_file():
         msg = f"questionnaire not found: {questionnaire}; `python -m preprocess link` writes it"
         raise CohortError(msg)
@@ -239,6 +260,11 @@ def _exams(questionnaire: Path, store: SliceStore) -> pd.DataFrame:
     if absent:
         msg = f"{questionnaire} lacks {', '.join(absent)}: it is not linked; run `python -m preprocess link` on it"
         raise CohortError(msg)
+    return rows
+
+
+def _exams(questionnaire: Path, store: SliceStore) -> pd.DataFrame:
+    rows = read_questionnaire(questionnaire)
     unknown = rows[~rows["study_id"].isin(store.manifest["study_id"])]
     if len(unknown):
         msg = (
@@ -260,25 +286,38 @@ def _split(config: StudyConfig, paths: RunPaths, task: pd.DataFrame, templates: 
         }
     )
     folder = paths.split(address)
-    if not folder.is_dir():
-        wanted = config.split
-        split = make_split(
-            exams,
-            folds=wanted.folds,
-            holdout_fraction=wanted.holdout_fraction,
-            seed=wanted.seed,
-            never_holdout=frozenset() if config.midsagittal.allow_holdout_templates else templates,
-        )
-        table = split.merge(exams[["study_id", "label"]], on="study_id")
-        table["label"] = table["label"].astype("Int64").mask(table["fold"] == HOLDOUT)
-        meta = {
-            "split_hash": split_hash(table, training_labels(table)),
-            "holdout_commitment": holdout_commitment(table),
-        }
-        with committed_directory(folder, point="split") as partial:
-            table.to_parquet(partial / "split.parquet", index=False)
-            (partial / "split.json").write_text(canonical_json(meta))
+    if folder.is_dir():
+        return Split.open(folder)
+    wanted = config.split
+    split = make_split(
+        exams,
+        folds=wanted.folds,
+        holdout_fraction=wanted.holdout_fraction,
+        seed=wanted.seed,
+        never_holdout=frozenset() if config.midsagittal.allow_holdout_templates else templates,
+    )
+    table = split.merge(exams[["study_id", "label"]], on="study_id")
+    table["label"] = table["label"].astype("Int64").mask(table["fold"] == HOLDOUT)
+    meta = {"split_hash": split_hash(table, training_labels(table)), "holdout_commitment": holdout_commitment(table)}
+    same = find_split(paths.splits, meta["split_hash"])
+    if same is not None:
+        return same
+    with committed_directory(folder, point="split") as partial:
+        table.to_parquet(partial / "split.parquet", index=False)
+        (partial / "split.json").write_text(canonical_json(meta))
     return Split.open(folder)
+
+
+def _opened_statements(paths: RunPaths, split: Split) -> tuple[str, ...]:
+    """Return what the report must say where exams of this hold-out were opened as another split's."""
+    others = [item for item in read_ledger(paths.folder / LEDGER) if item.split_hash != split.split_hash]
+    sealed = split.table["study_id"][split.table["fold"] == HOLDOUT]
+    count = len(set(sealed) & {study for item in others for study in item.studies})
+    if not count:
+        return ()
+    return (
+        f"{count} sealed exam(s) were opened before, in the hold-out of another split: the hold-out is not untouched.",
+    )
 
 
 def _check_templates(config: StudyConfig, split: Split, templates: frozenset[str]) -> tuple[str, ...]:

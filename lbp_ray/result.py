@@ -5,6 +5,7 @@ It holds aggregates only (and scores without ids), no patient-level row that nam
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,14 @@ METRIC_NAMES = (
     "mcc",
 )
 """The eight metrics of the Oulu study, in the order of its Table 5."""
+
+TABLES = ("out_of_fold", "holdout")
+"""Tables beside ``result.json``, named without their ending; `StudyResult.hashes` holds the SHA-256 of each."""
+
+
+def table_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each of a result's tables, by its name in `TABLES`."""
+    return {name: hashlib.sha256((folder / f"{name}.parquet").read_bytes()).hexdigest() for name in TABLES}
 
 
 class Interval(FrozenModel):
@@ -201,7 +210,7 @@ class StudyResult(FrozenModel):
     config: dict[str, Any]
     """The resolved science configuration (no paths)."""
     hashes: dict[str, str]
-    """Store, crops, split, weights, recipe: what this result was computed from."""
+    """Store, crops, split, weights, recipe: what this result was computed from; and its own `TABLES`."""
     environment: dict[str, str]
     """Library versions, device, numerics version."""
     funnel: tuple[FunnelStep, ...]

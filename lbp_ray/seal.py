@@ -45,11 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replace single values")
     parsed = parser.parse_args(arguments)
     try:
-        split = seal(load_config(StudyConfig, parsed.config, parsed.overrides)).split
+        sealed = seal(load_config(StudyConfig, parsed.config, parsed.overrides))
     except ValueError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(describe_split(split) + "\n")
+    sys.stdout.write("\n".join([describe_split(sealed.split), *sealed.statements]) + "\n")
     return 0
 
 

@@ -1,4 +1,7 @@
-"""Sealed hold-out and cross-validation folds, made on one row per patient and then expanded to exams."""
+"""Sealed hold-out and cross-validation folds, made on one row per patient and then expanded to exams.
+
+A study has one ledger of openings, whatever splits it commits: an exam that was opened stays opened in all of them.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,26 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
+from lbp_ray.config import FrozenModel
 from preprocess.commit import content_id
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 HOLDOUT = -1
 """Fold number of exams in the sealed hold-out."""
 
+LEDGER = "holdout_ledger.jsonl"
+"""File in a study's folder: one line per opening of a hold-out."""
+
 
 class SplitError(ValueError):
     """A split that cannot be made, or one that would leak."""
+
+
+class LedgerError(ValueError):
+    """A ledger of openings that is not as it was written."""
 
 
 def make_split(
@@ -191,3 +202,73 @@ class Split:
     def of_studies(self, study_ids: pd.Series[str]) -> Split:
         """Return the same split with the rows of some exams only."""
         return replace(self, table=self.table[self.table["study_id"].isin(study_ids)].reset_index(drop=True))
+
+
+def find_split(splits: Path, wanted: str) -> Split | None:
+    """Open the committed split of one hash, or return None; equal splits under several addresses are one split.
+
+    Parameters
+    ----------
+    splits
+        Folder of all splits of a study.
+    wanted
+        As `split_hash` returns it.
+
+    Raises
+    ------
+    SplitError
+        If the split was edited.
+    """
+    for meta in sorted(splits.glob("[!.]*/split.json")):
+        if json.loads(meta.read_text())["split_hash"] == wanted:
+            return Split.open(meta.parent)
+    return None
+
+
+class Opening(FrozenModel):
+    """One line of the ledger."""
+
+    line: int
+    """1 for the study's first opening, of whichever split."""
+    number: int
+    """1 where no exam had been opened before; from 2 on the hold-out is no longer untouched."""
+    user: str
+    time: str
+    """UTC, ISO 8601."""
+    result_hash: str
+    """What the hold-out was opened for."""
+    split_hash: str
+    studies: tuple[str, ...]
+    """Pseudonyms of all sealed exams, sorted: another split may seal some of them again."""
+    previous: str
+    """Hash of the line before: no line but the last can be changed or taken out unseen."""
+
+
+def opening_number(earlier: Iterable[Opening], studies: Iterable[str]) -> int:
+    """Return 1 plus the number of earlier openings that share an exam with these."""
+    opened = frozenset(studies)
+    return 1 + sum(not opened.isdisjoint(opening.studies) for opening in earlier)
+
+
+def last_hash(openings: Sequence[Opening]) -> str:
+    """Return the hash that the next line of a ledger must carry as its previous one."""
+    return content_id(openings[-1].model_dump(mode="json")) if openings else ""
+
+
+def read_ledger(path: Path) -> list[Opening]:
+    """Read the openings of a study's hold-outs; an absent ledger has none.
+
+    Raises
+    ------
+    LedgerError
+        If a line was changed or taken out.
+    """
+    openings: list[Opening] = []
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        opening = Opening.model_validate_json(text)
+        expected = (len(openings) + 1, opening_number(openings, opening.studies), last_hash(openings))
+        if (opening.line, opening.number, opening.previous) != expected:
+            msg = f"{path}, line {expected[0]}: the ledger was changed after it was written; restore it from a backup"
+            raise LedgerError(msg)
+        openings.append(opening)
+    return openings

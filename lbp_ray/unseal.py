@@ -2,8 +2,8 @@
 
 ``python -m lbp_ray.unseal --config configs/oulu.yaml --result RUNS/oulu/results/ID``
 
-Every opening is written to a ledger beside the split before a score is judged: who, when, for which result. A second
-opening is recorded, and told, as the second.
+Every opening is written to the study's ledger before a score is judged: who, when, for which result, which exams. A
+second opening is recorded, and told, as the second, also where another split sealed some of the same exams.
 """
 
 from __future__ import annotations
@@ -17,14 +17,25 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from lbp_ray.cohort import label_exams
 from lbp_ray.config import FrozenModel, load_config
 from lbp_ray.intervals import area_interval, compare_areas
 from lbp_ray.metrics import all_metrics, patient_resamples, percentile_interval, resampled_metrics, youden_threshold
-from lbp_ray.prepare import seal
-from lbp_ray.result import METRIC_NAMES, Interval, StudyResult
-from lbp_ray.splits import HOLDOUT
+from lbp_ray.prepare import read_questionnaire
+from lbp_ray.result import METRIC_NAMES, Interval, StudyResult, table_hashes
+from lbp_ray.runs import RunPaths
+from lbp_ray.splits import (
+    HOLDOUT,
+    LEDGER,
+    Opening,
+    find_split,
+    holdout_commitment,
+    last_hash,
+    opening_number,
+    read_ledger,
+)
 from lbp_ray.study import StudyConfig
-from preprocess.commit import canonical_json, content_id, write_atomic
+from preprocess.commit import canonical_json, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,20 +47,6 @@ if TYPE_CHECKING:
 
 class UnsealError(ValueError):
     """A hold-out that cannot be opened as it is."""
-
-
-class Opening(FrozenModel):
-    """One line of the ledger."""
-
-    number: int
-    """1 for the first; from 2 on the hold-out is no longer untouched."""
-    user: str
-    time: str
-    """UTC, ISO 8601."""
-    result_hash: str
-    """What the hold-out was opened for."""
-    previous: str
-    """Hash of the line before: no line but the last can be changed or taken out unseen."""
 
 
 class HoldoutResult(FrozenModel):
@@ -65,7 +62,7 @@ class HoldoutResult(FrozenModel):
 
 
 class Unsealed(FrozenModel):
-    """What an opening told; no study by name."""
+    """What an opening told; its file leaves out which studies were opened."""
 
     opening: Opening
     num_lost: int
@@ -73,34 +70,18 @@ class Unsealed(FrozenModel):
     slice_counts: tuple[HoldoutResult, ...]
 
 
-def read_ledger(path: Path) -> list[Opening]:
-    """Read the openings of a hold-out.
-
-    Raises
-    ------
-    UnsealError
-        If a line was changed or taken out.
-    """
-    openings = [Opening.model_validate_json(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    previous = ""
-    for number, opening in enumerate(openings, start=1):
-        if (opening.number, opening.previous) != (number, previous):
-            msg = f"{path}, line {number}: the ledger was changed after it was written; restore it from a backup"
-            raise UnsealError(msg)
-        previous = content_id(opening.model_dump(mode="json"))
-    return openings
-
-
-def record_opening(path: Path, *, result_hash: str) -> Opening:
+def record_opening(path: Path, *, result_hash: str, split_hash: str, studies: Sequence[str]) -> Opening:
     """Append an opening to the ledger and return it."""
     openings = read_ledger(path)
-    previous = content_id(openings[-1].model_dump(mode="json")) if openings else ""
     opening = Opening(
-        number=len(openings) + 1,
+        line=len(openings) + 1,
+        number=opening_number(openings, studies),
         user=getpass.getuser(),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         result_hash=result_hash,
-        previous=previous,
+        split_hash=split_hash,
+        studies=tuple(sorted(studies)),
+        previous=last_hash(openings),
     )
     lines = [canonical_json(line.model_dump(mode="json")) for line in (*openings, opening)]
     write_atomic(path, ("\n".join(lines) + "\n").encode())
@@ -108,62 +89,103 @@ def record_opening(path: Path, *, result_hash: str) -> Opening:
 
 
 def unseal(config: StudyConfig, result_folder: Path) -> Unsealed:
-    """Open the hold-out of a finished study and judge it.
+    """Open the hold-out of a finished study and judge it as the result was made.
 
     Parameters
     ----------
     config
-        The study.
+        Names the study and its paths. What decides a figure (slice counts, seeds, folds, recipe, evaluation) is read
+        from the result.
     result_folder
         The result that the hold-out is opened for.
 
     Raises
     ------
     ValueError
-        If the result is not of this study's split, or a hold-out study lacks a prediction of any model.
+        If the result is not of this study or its tables were changed, its split is gone, or a hold-out study lacks a
+        label or a prediction of any model. Nothing is opened then.
     """
     result = StudyResult.load(result_folder / "result.json")
-    sealed = seal(config)
-    if (result.hashes["split"], result.holdout_commitment) != (
-        sealed.split.split_hash,
-        sealed.split.holdout_commitment,
-    ):
-        msg = (
-            f"{result_folder} was made with split {result.hashes['split'][:16]}, the study's is "
-            f"{sealed.split.split_hash[:16]}; give the configuration and data that the result was made with"
-        )
-        raise UnsealError(msg)
-    holdout = sealed.split.table[sealed.split.table["fold"] == HOLDOUT]
-    if holdout.empty:
-        msg = "the study sealed no hold-out (split.holdout_fraction is 0): there is nothing to open"
-        raise UnsealError(msg)
-    scores = holdout_scores(pd.read_parquet(result_folder / "holdout.parquet"), config)
-    opening = record_opening(ledger_of(sealed.split), result_hash=result.result_hash)
-    labels = sealed.exams.set_index("study_id")["label"].astype("Int64")
+    _check_result(result, result_folder, config.name)
+    made = StudyConfig.model_validate(result.config | {"paths": config.paths.model_dump()})
+    paths = RunPaths(config.paths.runs, config.name)
+    split = _split_of(result, paths)
+    holdout = split.table[split.table["fold"] == HOLDOUT]
+    labels = _sealed_labels(config.paths.questionnaire, holdout["study_id"])
+    scores = holdout_scores(pd.read_parquet(result_folder / "holdout.parquet"), made)
+    ledger = paths.folder / LEDGER
+    path = _unused(result_folder, line=len(read_ledger(ledger)) + 1)
+    opening = record_opening(
+        ledger, result_hash=result.result_hash, split_hash=split.split_hash, studies=holdout["study_id"].tolist()
+    )
     outside = pd.read_parquet(result_folder / "out_of_fold.parquet")
+    patients = holdout.set_index("study_id")["patient_id"]
     told = Unsealed(
         opening=opening,
         num_lost=int((~holdout["study_id"].isin(scores["study_id"])).sum()),
         slice_counts=tuple(
             _judge(
-                count,
-                scores[scores["num_slices"] == count],
+                scores[scores["num_slices"] == count].assign(
+                    label=lambda rows: rows["study_id"].map(labels),
+                    patient_id=lambda rows: rows["study_id"].map(patients),
+                ),
                 outside[outside["num_slices"] == count],
-                labels,
-                sealed.split,
-                config.evaluation,
+                made.evaluation,
             )
-            for count in config.slice_counts
+            for count in made.slice_counts
         ),
     )
-    path = result_folder / f"unsealed-{opening.number:02d}.json"
-    write_atomic(path, told.model_dump_json(indent=1).encode())
+    write_atomic(path, told.model_dump_json(indent=1, exclude={"opening": {"studies"}}).encode())
     return told
 
 
-def ledger_of(split: Split) -> Path:
-    """Return the ledger beside a split."""
-    return split.folder.with_name(f"{split.folder.name}.ledger.jsonl")
+def _check_result(result: StudyResult, folder: Path, name: str) -> None:
+    if result.name != name:
+        msg = f"{folder} is a result of study {result.name}, the configuration is of {name}; give that study's own"
+        raise UnsealError(msg)
+    changed = [table for table, found in table_hashes(folder).items() if result.hashes.get(table) != found]
+    if changed:
+        msg = (
+            f"{folder / changed[0]}.parquet is not the table that result.json was made with; delete {folder} and run "
+            "the study again, it only aggregates"
+        )
+        raise UnsealError(msg)
+
+
+def _split_of(result: StudyResult, paths: RunPaths) -> Split:
+    """Open the split that a result was made with; none is ever drawn here."""
+    split = find_split(paths.splits, result.hashes["split"])
+    if split is None or holdout_commitment(split.table) != result.holdout_commitment:
+        msg = (
+            f"no split under {paths.splits} is the one that the result was made with "
+            f"({result.hashes['split'][:16]}); give the paths.runs that it was made in, or restore the split"
+        )
+        raise UnsealError(msg)
+    if not (split.table["fold"] == HOLDOUT).any():
+        msg = "the study sealed no hold-out (split.holdout_fraction is 0): there is nothing to open"
+        raise UnsealError(msg)
+    return split
+
+
+def _sealed_labels(questionnaire: Path, studies: pd.Series[str]) -> pd.Series[int]:
+    labels = label_exams(read_questionnaire(questionnaire)).set_index("study_id")["label"].reindex(studies)
+    absent = labels.index[labels.isna()]
+    if len(absent):
+        msg = (
+            f"{questionnaire} labels {len(labels) - len(absent)} of {len(labels)} sealed exams, all are required, e.g. "
+            f"study {absent[0]}; give the questionnaire that the study was sealed with"
+        )
+        raise UnsealError(msg)
+    return labels.astype(int)
+
+
+def _unused(folder: Path, *, line: int) -> Path:
+    """Return where an opening is told; what an earlier one told is never overwritten."""
+    path = folder / f"unsealed-{line:02d}.json"
+    if path.exists():
+        msg = f"{path} exists, but the ledger holds {line - 1} line(s): some were taken out; restore it from a backup"
+        raise UnsealError(msg)
+    return path
 
 
 def holdout_scores(predictions: pd.DataFrame, config: StudyConfig) -> pd.DataFrame:
@@ -203,18 +225,16 @@ def holdout_scores(predictions: pd.DataFrame, config: StudyConfig) -> pd.DataFra
     return mean.rename(columns={"probability": "score"})
 
 
-def _judge(
-    count: int,
-    rows: pd.DataFrame,
-    outside: pd.DataFrame,
-    labels: pd.Series[int],
-    split: Split,
-    evaluation: EvaluationConfig,
-) -> HoldoutResult:
-    mean = outside.drop_duplicates(["seed", "study_id"]).groupby("study_id")["study_probability"].mean()
-    threshold = youden_threshold(labels.loc[mean.index].to_numpy(dtype=int), mean.to_numpy())
-    truth, scores = labels.loc[rows["study_id"]].to_numpy(dtype=int), rows["score"].to_numpy()
-    patients = split.table.set_index("study_id").loc[rows["study_id"], "patient_id"].to_numpy()
+def _judge(rows: pd.DataFrame, outside: pd.DataFrame, evaluation: EvaluationConfig) -> HoldoutResult:
+    """Judge the hold-out by one slice count; `outside` holds the same count's rows of the out-of-fold table."""
+    mean = (
+        outside.drop_duplicates(["seed", "study_id"])
+        .groupby("study_id")
+        .agg(score=("study_probability", "mean"), label=("label", "first"))
+    )
+    threshold = youden_threshold(mean["label"].to_numpy(dtype=int), mean["score"].to_numpy())
+    truth, scores = rows["label"].to_numpy(dtype=int), rows["score"].to_numpy()
+    patients = rows["patient_id"].to_numpy()
     decisions = (scores >= threshold).astype(int)
     weights = patient_resamples(patients, truth, resamples=evaluation.bootstrap_resamples, seed=evaluation.seed)
     resampled = resampled_metrics(truth, scores, decisions, weights)
@@ -225,7 +245,7 @@ def _judge(
     method = f"percentile bootstrap over patients, {evaluation.bootstrap_resamples} resamples"
     methods = dict.fromkeys(METRIC_NAMES, method) | {"roc_auc": "DeLong over patients, on the logit scale"}
     return HoldoutResult(
-        num_slices=count,
+        num_slices=int(rows["num_slices"].iloc[0]),
         num_studies=len(rows),
         num_positive=int(truth.sum()),
         threshold=threshold,
@@ -242,7 +262,8 @@ def describe(told: Unsealed) -> str:
     lines = [f"opening {opening.number} of this hold-out, for result {opening.result_hash[:12]}"]
     if opening.number > 1:
         lines.append(
-            "It had been opened before: choices made since then may rest on it, and it is no independent test."
+            "It had been opened before, in whole or in part: choices made since then may rest on it, and it is no "
+            "independent test."
         )
     if told.num_lost:
         lines.append(f"{told.num_lost} sealed studies have no crop and are not judged.")
@@ -260,7 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lbp_ray.unseal", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the study, e.g. configs/oulu.yaml")
     parser.add_argument("--result", type=Path, required=True, help="folder of the finished result")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="as the study was run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="replace single values: paths and name"
+    )
     parsed = parser.parse_args(arguments)
     try:
         told = unseal(load_config(StudyConfig, parsed.config, parsed.overrides), parsed.result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 
 import numpy as np
@@ -34,7 +35,7 @@ def written(tmp_path, *images):
 
 
 def annotated(tmp_path, shapes):
-    (found,) = read_annotations(written(tmp_path, (shapes, NAME)))
+    (found,) = read_annotations(written(tmp_path, (shapes, NAME)), keep_empty=True)
     return found
 
 
@@ -110,6 +111,24 @@ def test_faults_are_listed_by_image(tmp_path):
     assert faults_by_image(found) == {"aaa/bbb/8": "missing_L1L2", "aaa/bbb/7": "repeated_image"}
 
 
+def test_images_on_which_nothing_is_drawn_are_no_annotations(tmp_path):
+    """CVAT lists every image of a task; a tag on one is no drawing, a shape that cannot be used is."""
+    path = written(tmp_path, ([], NAME), (BOXES, "aaa/bbb/8.png"), ([], "aaa/bbb/9.png"), ([], "aaa/bbb/10.png"))
+    for name, drawn in (("9", '<tag label="checked"/>'), ("10", '<points label="L1L2" points="1,1"/>')):
+        text = re.sub(
+            rf'(<image [^>]*name="aaa/bbb/{name}.png"[^>]*?) */?>(</image>)?', rf"\1>{drawn}</image>", path.read_text()
+        )
+        path.write_text(text)
+    assert [(item.slice_index, bool(item.fault)) for item in read_annotations(path)] == [(8, False), (10, True)]
+    assert [item.slice_index for item in read_annotations(path, keep_empty=True)] == [7, 8, 9, 10]
+
+
+def test_an_image_is_not_repeated_by_an_empty_one(tmp_path):
+    """Two tasks of one project may list the same image."""
+    path = written(tmp_path, ([], NAME), (BOXES, NAME))
+    assert [item.fault for item in read_annotations(path)] == [""]
+
+
 def test_centre_of_the_union_counts_overlap_once_and_the_mean_counts_discs_alike(tmp_path):
     shapes = [Box(level, 0, 0, 4, 4) for level in LEVELS[:4]] + [Box("L5S1", 2, 0, 6, 4)]
     found = annotated(tmp_path, shapes)
@@ -150,5 +169,7 @@ def test_unreadable_file(tmp_path, text, match):
 def test_unlinked_names_and_absent_file_are_refused(tmp_path):
     with pytest.raises(AnnotationError, match=r"image 1 is not named .* run `python -m preprocess link`"):
         read_annotations(written(tmp_path, (BOXES, NAME), (BOXES, "1.2.840.1.png")))
+    with pytest.raises(AnnotationError, match=r"image 0 is not named"):
+        read_annotations(written(tmp_path, ([], "1.2.840.1.png"), (BOXES, NAME)))
     with pytest.raises(AnnotationError, match="annotation file not found"):
         read_annotations(tmp_path / "none.xml")

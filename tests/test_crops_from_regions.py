@@ -10,6 +10,7 @@ import pytest
 import torch
 from cohort_factory import (
     NUM_EXAMS,
+    TEMPLATES,
     choose_middle,
     commit_trial,
     make_cohort,
@@ -30,14 +31,17 @@ from lbp_ray.predict import describe_predictor
 from lbp_ray.prepare import prepare, seal
 from lbp_ray.report import write_report
 from lbp_ray.result import StudyResult
+from lbp_ray.roi.annotations import LEVELS
 from lbp_ray.roi.box import resize
-from lbp_ray.roi.crops import BOX_OUTSIDE
+from lbp_ray.roi.crops import BOX_OUTSIDE, MAX_LISTED, RoiError
 from lbp_ray.roi.overrides import OverrideError
 from lbp_ray.roi.provenance import find_regions
 from lbp_ray.roi.regions import RegionError, Regions
 from lbp_ray.splits import HOLDOUT, SplitError
 from lbp_ray.study import StudyConfig
 from lbp_ray.tune import plan_trials
+from preprocess.mapper import map_here
+from preprocess.midsagittal.choose import choose_for_store
 from preprocess.store.read import SliceStore
 
 SIZE = {"width_px": 6, "height_px": 8}
@@ -148,13 +152,86 @@ def test_annotated_studies_stay_as_they_were(data, tmp_path):
     assert pd.read_csv(study.crops.folder / "review.csv").empty
 
 
+def annotated_slices(tmp_path, slices_of):
+    """A file of the annotated slices of some exams: number → (slice, how many of the five levels are drawn)."""
+    images = []
+    for number, slices in slices_of.items():
+        for index, levels in slices:
+            place = f'xtl="3" ytl="{4 + index}" xbr="9" ybr="{8 + index}"'
+            boxes = "".join(f'<box label="{level}" {place}/>' for level in LEVELS[:levels])
+            name = f"{pseudonym('s', number)}/{pseudonym('t', number)}/{index}.png"
+            images.append(f'<image name="{name}" width="12" height="16">{boxes}</image>')
+    return {"annotations": write(tmp_path / "several.xml", f"<annotations>{''.join(images)}</annotations>")}
+
+
+def all_middles(data, tmp_path, middle):
+    """Correct the mid-sagittal slice of every exam."""
+    rows = [f"{row_id(number)},{middle}" for number in range(NUM_EXAMS)]
+    corrected = write(tmp_path / "middles.csv", "\n".join(["study_id,slice_index", *rows]))
+    templates = [(pseudonym("t", number), 2) for number in TEMPLATES]
+    return {"midsagittal": choose_for_store(data / "x.zarr", tmp_path / "middle", templates, map_here, corrected)}
+
+
+def test_of_several_annotated_slices_the_sound_one_nearest_the_middle_counts(data, tmp_path):
+    """The middle of every exam is slice 2."""
+    cases = {
+        0: ([(2, 5), (4, 5)], 2),
+        1: ([(1, 5), (2, 5), (3, 5)], 2),
+        2: ([(4, 5), (3, 5), (1, 5), (0, 5)], 1),
+        3: ([(2, 4), (4, 5)], 4),
+        4: ([(4, 5), (1, 3)], 4),
+        5: ([(2, 5), (2, 5)], 2),
+        6: ([(2, 5), (2, 4)], 2),
+        7: ([(2, 5), (2, 0)], 2),
+        8: ([(2, 0), (2, 5)], 2),
+    }
+    slices = {number: slices for number, (slices, _) in cases.items()} | {9: [(3, 3), (2, 4)]}
+    rest = {number: [(2, 5)] for number in range(10, NUM_EXAMS)}
+    paths = {**annotated_slices(tmp_path, slices | rest), **all_middles(data, tmp_path, 2)}
+    study = prepared(data, tmp_path, paths=paths)
+    for number, (_, chosen) in cases.items():
+        row = row_of(study, number)
+        assert (row["region_slice"], row["centroid_row"]) == (chosen, 6 + chosen), f"exam {number}"
+    excluded = study.crops.excluded.set_index("study_id").loc[row_id(9)]
+    assert tuple(excluded[["reason", "detail"]]) == ("faulty_annotation", "missing_L5S1; missing_L4L5+missing_L5S1")
+    assert len(study.crops.table) == NUM_EXAMS - 1
+
+
+# --- by hand only where it is flagged --------------------------------------------------------------------------------
+
+
 def test_hand_crops_are_never_mixed_with_model_crops(tmp_path):
     data = make_cohort(tmp_path, annotated=range(2, NUM_EXAMS))
     study = prepared(data, tmp_path / "a")
     assert set(study.crops.table["crop_source"]) == {"annotation"}
     assert {reason_of(study, 0), reason_of(study, 1)} == {"no_annotation"}
-    study = study_by_model(data, tmp_path / "b", roi={"allow_holdout_training": True})
+    chosen = {"roi": {"allow_holdout_training": True}, "masks": dict.fromkeys(range(NUM_EXAMS), make_mask(top=5))}
+    study = study_by_model(data, tmp_path / "b", **chosen)
     assert set(study.crops.table["crop_source"]) == {"out_of_fold", "model"}
+    files = {"roi_corrections": data / "annotations.xml"}
+    with pytest.raises(RoiError, match=rf"^14 exam\(s\).* and {14 - MAX_LISTED} more; hand-placed .*with the label"):
+        study_by_model(data, tmp_path / "c", paths=files, **chosen)
+
+
+def test_a_mask_that_is_not_flagged_is_not_replaced_by_hand(data, tmp_path, inside):
+    corrected, flagged, placed = inside
+    images = corrections(tmp_path, (corrected, 2, 6, 8, 14), (flagged, 2, 6, 8, 14))
+    files = images | overrides(tmp_path, (placed, "centre,9,5"))
+    with pytest.raises(RoiError, match=r"^2 exam\(s\) whose predicted mask is not flagged") as caught:
+        study_by_model(data, tmp_path, fold_of={}, flags={flagged: "small"}, paths=files)
+    assert all(row_id(number) in str(caught.value) for number in (corrected, placed))
+    assert row_id(flagged) not in str(caught.value)
+    assert not list(tmp_path.rglob("crops.npy"))
+
+
+def test_crops_by_hand_are_stated(data, tmp_path, inside):
+    chosen = {"fold_of": {}, "flags": dict.fromkeys(inside[:2], "small")}
+    files = corrections(tmp_path, (inside[0], 2, 6, 8, 14)) | overrides(tmp_path, (inside[1], "centre,9,5"))
+    study = study_by_model(data, tmp_path / "a", paths=files, **chosen)
+    assert "2 of 16 crops were placed or corrected by hand." in study.statements
+    used = overrides(tmp_path, (inside[0], "use,,"), (inside[2], "exclude,,"))
+    study = study_by_model(data, tmp_path / "b", paths=used, **chosen)
+    assert not any("by hand" in line for line in study.statements)
 
 
 # --- review ----------------------------------------------------------------------------------------------------------
@@ -259,7 +336,7 @@ def test_an_image_without_a_shape_needs_a_decision(data, tmp_path, inside):
 
 
 def test_every_input_gives_other_crops(data, tmp_path, inside):
-    plain = study_by_model(data, tmp_path, fold_of={}).crops.folder
+    plain = study_by_model(data, tmp_path, fold_of={}, flags={inside[0]: "large"}).crops.folder
     files = [
         {"paths": overrides(tmp_path, (inside[0], "exclude,,"))},
         {"paths": corrections(tmp_path, (inside[0], 2, 6, 8, 14))},
@@ -486,8 +563,9 @@ def test_segmenter_scores_name_both_standard_errors(data, tmp_path):
 
 def test_a_study_with_exams_without_crops_ends_in_a_report_that_says_so(data, tmp_path, fold_of, inside):
     evaluation = {"permutations": 0, "bootstrap_resamples": 20}
+    flags = {inside[1]: "large", inside[2]: "small"}
     rows = overrides(tmp_path, (inside[0], "exclude,,"), (inside[1], "centre,9,5"))
-    make_regions(tmp_path / "regions", data, choose_middle(data, tmp_path), fold_of=fold_of, flags={inside[2]: "small"})
+    make_regions(tmp_path / "regions", data, choose_middle(data, tmp_path), fold_of=fold_of, flags=flags)
     config = study_config(data, tmp_path, roi=BY_MODEL, paths=rows, seeds=(0,), evaluation=evaluation)
     study = prepare(config)
     hashes = {"crops_hash": study.crops.crops_hash, "split_hash": study.split.split_hash, "weights_hash": "w"}
@@ -508,6 +586,7 @@ def test_a_study_with_exams_without_crops_ends_in_a_report_that_says_so(data, tm
     html = write_report(result, tmp_path / "report").read_text()
     assert "declared to have seen no pain label" in html
     assert "no crop: roi_small" in html
+    assert "1 of 14 crops were placed or corrected by hand." in html
     assert describe_predictor(config, study, specs, folders).regions == study.regions.folder
 
 

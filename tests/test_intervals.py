@@ -118,6 +118,23 @@ def test_perfect_scores_are_not_certain(sign, expected):
     assert area_interval(areas, 0, level=0.95) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize(("positives", "expected"), [(10, (0.1871, 0.8129)), (11, (0.1675, 0.8325))])
+def test_constant_scores_are_not_certain(positives, expected):
+    """By Clopper and Pearson: 5 of 10; of 11 patients the low end of 5, the high end of 6."""
+    labels = np.repeat([1, 0], [positives, 30])
+    areas = compare_areas(labels, np.full((1, len(labels)), 0.3), np.arange(len(labels)))
+    assert areas.areas_K == [0.5]
+    assert area_interval(areas, 0, level=0.95) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("second", ["constant", "opposite", "perfect"])
+def test_areas_that_do_not_vary_are_not_compared(second):
+    labels = np.repeat([1, 0], [10, 30])
+    scores = np.stack([labels, {"constant": np.zeros(40), "opposite": -labels, "perfect": 2 * labels}[second]])
+    found = difference_of(compare_areas(labels, scores, np.arange(40)), 0, 1, level=0.95)
+    assert found == ({"constant": 0.5, "opposite": 1.0, "perfect": 0.0}[second], -1.0, 1.0, 1.0)
+
+
 def test_equal_scores_do_not_differ():
     labels = np.repeat([1, 0], [10, 30])
     scores = np.random.default_rng(0).standard_normal(40)

@@ -11,7 +11,8 @@ from store_factory import pseudonym
 
 from lbp_ray.prepare import seal
 from lbp_ray.seal import main
-from lbp_ray.splits import HOLDOUT, make_split
+from lbp_ray.splits import HOLDOUT, LEDGER, make_split
+from lbp_ray.unseal import record_opening
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,24 @@ def test_a_study_finds_the_split_that_was_sealed(data, tmp_path, monkeypatch):
     study = prepared(data, tmp_path)
     assert study.split.folder == sealed.folder
     pd.testing.assert_frame_equal(study.analysed.table, sealed.table)
+
+
+def test_an_equal_split_is_one_split_whatever_the_bytes_of_the_questionnaire(data, tmp_path):
+    config = study_config(data, tmp_path)
+    first = seal(config).split
+    (tmp_path / "again.csv").write_text((data / "questionnaire.csv").read_text() + "\n")
+    paths = config.paths.model_copy(update={"questionnaire": tmp_path / "again.csv"})
+    assert seal(config.model_copy(update={"paths": paths})).split.folder == first.folder
+    assert [path.name for path in first.folder.parent.iterdir()] == [first.folder.name]
+
+
+def test_command_says_where_exams_were_opened_before(data, tmp_path, capsys):
+    path = config_file(data, tmp_path)
+    split = seal(study_config(data, tmp_path)).split
+    sealed = split.table.loc[split.table["fold"] == HOLDOUT, "study_id"].tolist()
+    record_opening(tmp_path / "small" / LEDGER, result_hash="r", split_hash="other", studies=sealed[1:])
+    assert main(["--config", str(path)]) == 0
+    assert "\n3 sealed exam(s) were opened before, in the hold-out of another split" in capsys.readouterr().out
 
 
 def test_the_split_is_drawn_whatever_can_be_cropped(tmp_path, monkeypatch):

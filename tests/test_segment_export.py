@@ -79,7 +79,9 @@ def regions(store, tmp_path_factory):
 
 def test_what_is_read_again_is_exactly_the_masks(store, regions, tmp_path):
     assert export_regions(store, regions, tmp_path / "out") == NUM_EXAMS
-    read = {annotated.study_id: annotated for annotated in read_annotations(tmp_path / "out" / ANNOTATIONS)}
+    read = {
+        annotated.study_id: annotated for annotated in read_annotations(tmp_path / "out" / ANNOTATIONS, keep_empty=True)
+    }
     for row in regions.table.to_dict("records"):
         annotated = read.pop(row["study_id"])
         assert (annotated.series_id, annotated.slice_index) == (row["series_id"], MIDDLE)
@@ -111,7 +113,7 @@ def test_an_image_is_the_segmented_slice(store, regions, tmp_path, number):
 
 def test_only_the_flagged_when_asked(store, regions, tmp_path):
     assert export_regions(store, regions, tmp_path / "out", flagged=True) == 2
-    studies = {annotated.study_id for annotated in read_annotations(tmp_path / "out" / ANNOTATIONS)}
+    studies = {annotated.study_id for annotated in read_annotations(tmp_path / "out" / ANNOTATIONS, keep_empty=True)}
     assert studies == {pseudonym("s", EMPTY), pseudonym("s", FLAGGED)}
 
 

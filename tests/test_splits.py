@@ -8,7 +8,16 @@ from store_factory import pseudonym
 
 from lbp_ray.prepare import find_midsagittal_artefact
 from lbp_ray.runs import RunError
-from lbp_ray.splits import HOLDOUT, SplitError, check_split, holdout_commitment, make_split, split_hash
+from lbp_ray.splits import (
+    HOLDOUT,
+    Opening,
+    SplitError,
+    check_split,
+    holdout_commitment,
+    make_split,
+    opening_number,
+    split_hash,
+)
 from preprocess.mapper import map_here
 from preprocess.midsagittal.choose import choose_for_store
 from preprocess.store.read import SliceStore
@@ -76,6 +85,15 @@ def test_hash_covers_folds_and_labels():
     moved = split.assign(fold=split["fold"].replace({0: 1, 1: 0}))
     hashes = {split_hash(split, labels), split_hash(moved, labels), split_hash(split, labels | {"s0000": 1})}
     assert len(hashes) == 3
+
+
+def test_openings_count_those_before_that_share_an_exam():
+    fields = dict.fromkeys(("user", "time", "result_hash", "split_hash", "previous"), "x")
+    ledger = [
+        Opening(line=line, number=1, studies=tuple(studies), **fields)
+        for line, studies in enumerate(("ab", "cd", "bc"), 1)
+    ]
+    assert [opening_number(ledger, studies) for studies in ("a", "b", "e", "abcd", "")] == [2, 3, 1, 4, 1]
 
 
 # --- patients with templates -----------------------------------------------------------------------------------------

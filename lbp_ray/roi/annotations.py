@@ -106,7 +106,7 @@ class AnnotatedSlice:
         return float(row), float(column)
 
 
-def read_annotations(path: Path) -> list[AnnotatedSlice]:
+def read_annotations(path: Path, *, keep_empty: bool = False) -> list[AnnotatedSlice]:
     """Read linked annotations, or what CVAT gave back after correcting them.
 
     Parameters
@@ -114,6 +114,9 @@ def read_annotations(path: Path) -> list[AnnotatedSlice]:
     path
         CVAT XML, archive or task backup. Image names end in ``<study>/<series>/<slice>.png``, as ``python -m
         preprocess link`` writes them and ``python -m preprocess export`` names its pictures.
+    keep_empty
+        Also return images on which nothing is drawn, as faulty: where an image stands for a decision. CVAT lists every
+        image of a task, drawn on or not.
 
     Returns
     -------
@@ -127,9 +130,11 @@ def read_annotations(path: Path) -> list[AnnotatedSlice]:
     """
     annotations_sha256(path)  # an absent file is refused in one place
     try:
-        found = [_slice(image, number, path) for number, image in enumerate(read_cvat(path))]
+        # Names are checked of empty images too: none may hold an identifier.
+        read = [(_slice(image, number, path), image) for number, image in enumerate(read_cvat(path))]
     except CvatError as error:
         raise AnnotationError(str(error)) from error
+    found = [annotated for annotated, image in read if keep_empty or not _is_empty(image)]
     first = {annotated.name: number for number, annotated in reversed(list(enumerate(found)))}
     return [
         annotated
@@ -178,6 +183,11 @@ def _slice(image: CvatImage, number: int, path: Path) -> AnnotatedSlice:
     fault = _fault(image)
     shapes = () if fault else tuple(sorted(image.shapes, key=lambda shape: (*LEVELS, REGION).index(shape.label)))
     return AnnotatedSlice(*place, shapes, image.height, image.width, fault)
+
+
+def _is_empty(image: CvatImage) -> bool:
+    """Whether nothing is drawn on an image, soundly or not; a tag is no drawing."""
+    return not (image.shapes or image.fault or set(image.skipped) - {"tag"})
 
 
 def _fault(image: CvatImage) -> str:

@@ -62,6 +62,8 @@ class Centre:
     """The predicted or corrected mask."""
     is_accepted: bool = False
     """Whether an override says to crop by the predicted mask, whatever speaks against it."""
+    replaces: Centre | None = None
+    """Of a centre by hand: that of the predicted mask, where there is one and it is not flagged."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,20 @@ class Centres:
     inputs: dict[str, str]
     """Content ids of all files that it is made from."""
     overrides: Mapping[str, Override]
-    find: Callable[[Mapping[str, Any], bool], Centre]
-    """Manifest row, whether a person accepted a flagged mask → centre; raises `Excluded`."""
+    find: Callable[[Mapping[str, Any], int, bool], Centre]
+    """Manifest row, mid-sagittal slice, whether a person accepted a flagged mask → centre; raises `Excluded`."""
+    unflagged: Callable[[str], Centre | None] = lambda _: None
+    """Series → centre of its predicted mask, None where it has none or a person must look at it first."""
 
-    def of(self, row: Mapping[str, Any]) -> Centre:
+    def of(self, row: Mapping[str, Any], mid_index: int) -> Centre:
         """Return the centre of one series.
 
         Parameters
         ----------
         row
             Its row of the store's manifest.
+        mid_index
+            Its mid-sagittal slice: of several annotated slices the nearest to it counts.
 
         Raises
         ------
@@ -89,16 +95,19 @@ class Centres:
         """
         override = self.overrides.get(str(row["study_id"]))
         if override is None:
-            return self.find(row, False)
+            return self.find(row, mid_index, False)
         if override.action == EXCLUDE:
             raise Excluded("override_exclude", "excluded by the override file")
         if override.centre is None:
-            return self.find(row, True)
-        return Centre(*override.centre, source=MANUAL, region_slice=NO_SLICE)
+            return self.find(row, mid_index, True)
+        replaces = self.unflagged(str(row["series_id"]))
+        return Centre(*override.centre, source=MANUAL, region_slice=NO_SLICE, replaces=replaces)
 
 
 def annotated_centres(store: SliceStore, annotations: Path, rule: CentreRule, overrides: Path | None = None) -> Centres:
     """Centre every box on the shapes drawn on its study.
+
+    Of several annotated slices of a series the sound one nearest to the mid-sagittal slice counts, the lower of two.
 
     Parameters
     ----------
@@ -111,21 +120,21 @@ def annotated_centres(store: SliceStore, annotations: Path, rule: CentreRule, ov
     overrides
         Override file, or None.
     """
-    annotated = {item.series_id: item for item in read_annotations(annotations)}
+    annotated: dict[str, list[AnnotatedSlice]] = {}
+    for item in read_annotations(annotations):
+        annotated.setdefault(item.series_id, []).append(item)
 
-    def find(row: Mapping[str, Any], _accepted: bool) -> Centre:
-        annotation = annotated.get(str(row["series_id"]))
-        if annotation is None:
+    def find(row: Mapping[str, Any], mid_index: int, _accepted: bool) -> Centre:
+        found = annotated.get(str(row["series_id"]), [])
+        if not found:
             raise Excluded("no_annotation", "no annotated slice of this series")
-        if annotation.fault:
-            raise Excluded("faulty_annotation", annotation.fault)
-        if (annotation.rows, annotation.columns) != (row["rows"], row["columns"]):
-            raise Excluded("faulty_annotation", "the annotated image has another size than the store's")
-        try:
-            centre = annotation.centre(rule)
-        except AnnotationError as error:
-            raise Excluded("faulty_annotation", str(error)) from error
-        return Centre(*centre, source=ANNOTATION, region_slice=annotation.slice_index)
+        faults: list[str] = []
+        for item in sorted(found, key=lambda item: (abs(item.slice_index - mid_index), item.slice_index)):
+            try:
+                return _annotated_centre(item, row, rule)
+            except AnnotationError as error:
+                faults.append(str(error))
+        raise Excluded("faulty_annotation", "; ".join(faults))
 
     inputs = {"annotations": annotations_sha256(annotations), "centre": rule}
     targets = OverrideTargets(_shapes(store), frozenset(), frozenset())
@@ -151,7 +160,8 @@ def predicted_centres(
     Raises
     ------
     RegionError
-        If a correction cannot be used.
+        If a correction cannot be used. One of a mask that is not flagged is refused when crops are built, as is a
+        centre by hand: only there is known whether the box leaves the image.
     lbp_ray.roi.overrides.OverrideError
         If an override cannot be used.
     """
@@ -174,15 +184,29 @@ def predicted_centres(
         )
         raise RegionError(msg)
 
-    def find(row: Mapping[str, Any], accepted: bool) -> Centre:
+    def unflagged(series_id: str) -> Centre | None:
+        region = predicted.get(series_id)
+        return None if region is None or region["flags"] else _predicted_centre(region, accepted=False)
+
+    def find(row: Mapping[str, Any], _mid_index: int, accepted: bool) -> Centre:
         series_id = str(row["series_id"])
         if series_id in corrected:
-            return _corrected_centre(corrected[series_id])
+            return _corrected_centre(corrected[series_id], unflagged(series_id))
         if series_id not in predicted:
             raise Excluded("no_region", "the regions artefact does not name this series")
         return _predicted_centre(predicted[series_id], accepted=accepted)
 
-    return Centres(inputs, decided, find)
+    return Centres(inputs, decided, find, unflagged)
+
+
+def _annotated_centre(annotation: AnnotatedSlice, row: Mapping[str, Any], rule: CentreRule) -> Centre:
+    """Return the centre of an annotated slice; raises `AnnotationError` if it cannot be used."""
+    if annotation.fault:
+        raise AnnotationError(annotation.fault)
+    if (annotation.rows, annotation.columns) != (row["rows"], row["columns"]):
+        msg = "the annotated image has another size than the store's"
+        raise AnnotationError(msg)
+    return Centre(*annotation.centre(rule), source=ANNOTATION, region_slice=annotation.slice_index)
 
 
 def _predicted_centre(region: dict[Any, Any], *, accepted: bool) -> Centre:
@@ -202,10 +226,10 @@ def _predicted_centre(region: dict[Any, Any], *, accepted: bool) -> Centre:
     )
 
 
-def _corrected_centre(correction: AnnotatedSlice) -> Centre:
+def _corrected_centre(correction: AnnotatedSlice, replaces: Centre | None) -> Centre:
     mask_HW = correction.mask()
     row, column = mask_centroid(mask_HW)
-    return Centre(row, column, MANUAL, correction.slice_index, mask_HW=mask_HW)
+    return Centre(row, column, MANUAL, correction.slice_index, mask_HW=mask_HW, replaces=replaces)
 
 
 def _read_corrections(
@@ -215,7 +239,7 @@ def _read_corrections(
     shapes = store.manifest.set_index("series_id")[["rows", "columns"]]
     corrected: dict[str, AnnotatedSlice] = {}
     faulty: dict[str, str] = {}
-    for item in read_annotations(path):
+    for item in read_annotations(path, keep_empty=True):
         if item.series_id not in shapes.index:
             faulty[item.study_id] = "its series is no sagittal T2 series of the store"
         elif item.fault:

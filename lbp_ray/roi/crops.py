@@ -37,8 +37,11 @@ if TYPE_CHECKING:
     from lbp_ray.roi.centres import Centre, Centres
     from preprocess.store.read import SliceStore
 
-CROPS_VERSION = 2
+CROPS_VERSION = 3
 """Raised by hand when the same inputs give other crops."""
+
+MAX_LISTED = 5
+"""Studies that one message names; the rest are counted."""
 
 BOX_OUTSIDE = "box_outside"
 """Reason of a predicted box that would leave the image by more than `lbp_ray.roi.box.MAX_SHIFT_MM`."""
@@ -146,10 +149,12 @@ def build_crops(
     Raises
     ------
     RoiError
-        If no study yields a crop.
+        If no study yields a crop, or a crop by hand stands beside predicted ones although nothing speaks against what
+        was predicted.
     """
     if not folder.is_dir():
         cutting = _Cutting(store, load_midsagittal(midsagittal).set_index("series_id")["slice_index"], centres, request)
+        cutting.refuse_unflagged()
         cutting.cut_all(progress=progress)
         if not cutting.pixels:
             reasons = pd.Series([row["reason"] for row in cutting.excluded]).value_counts().to_dict()
@@ -173,6 +178,33 @@ class _Cutting:
         self.review: list[dict[str, Any]] = []
         self.review_masks: list[np.ndarray] = []
 
+    def refuse_unflagged(self) -> None:
+        """Refuse centres by hand that replace predicted ones which are not flagged."""
+        rows = self.store.manifest.sort_values("study_id").to_dict("records")
+        studies = [str(row["study_id"]) for row in rows if self._replaces_unflagged(row)]
+        if studies:
+            more = len(studies) - MAX_LISTED
+            listed = ", ".join(studies[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+            msg = (
+                f"{len(studies)} exam(s) whose predicted mask is not flagged have a crop by hand: study {listed}; "
+                "hand-placed crops beside predicted ones go with who was reviewed, and may go with the label. Take "
+                "these exams out of paths.roi_corrections, and their centres out of paths.roi_overrides (`exclude` "
+                "stays possible); only flagged masks, which review.csv lists, are corrected"
+            )
+            raise RoiError(msg)
+
+    def _replaces_unflagged(self, row: dict[Any, Any]) -> bool:
+        series_id = str(row["series_id"])
+        if series_id not in self.middle.index:
+            return False
+        try:
+            replaced = self.centres.of(row, int(self.middle[series_id])).replaces
+            if replaced is not None:
+                place_crop(replaced, self.request, *_grid(row))
+        except Excluded:
+            return False
+        return replaced is not None
+
     def cut_all(self, *, progress: bool) -> None:
         series = self.store.manifest.sort_values("study_id").to_dict("records")
         for row in tqdm(series, desc="crops", unit="study", disable=not progress):
@@ -190,13 +222,13 @@ class _Cutting:
         if series_id not in self.middle.index:
             raise Excluded("no_midsagittal", "the mid-sagittal artefact does not name this series")
         mid_index = int(self.middle[series_id])
-        centre = self.centres.of(row)
+        centre = self.centres.of(row, mid_index)
         positions_mm = self.store.positions_mm(series_id)
         request = self.request
         indices = choose_neighbours(positions_mm, mid_index, request.offsets_mm, tolerance_mm=request.tolerance_mm)
         volume_SHW = self.store.read(series_id)
-        spacing_mm = (float(row["spacing_row_mm"]), float(row["spacing_column_mm"]))
-        box, accepted_flags = place_crop(centre, request, (int(row["rows"]), int(row["columns"])), spacing_mm)
+        shape, spacing_mm = _grid(row)
+        box, accepted_flags = place_crop(centre, request, shape, spacing_mm)
         cut_KHW = box.cut(volume_SHW[indices])
         if (cut_KHW == cut_KHW[:, :1, :1]).all(axis=(1, 2)).any():
             raise Excluded("blank_crop", "a slice is constant inside the box")
@@ -215,8 +247,8 @@ class _Cutting:
                 "crop_source": centre.source,
                 "region_slice": centre.region_slice,
                 "accepted_flags": accepted_flags,
-                "image_rows": int(row["rows"]),
-                "image_columns": int(row["columns"]),
+                "image_rows": shape[0],
+                "image_columns": shape[1],
                 "row_spacing_mm": spacing_mm[0],
                 "column_spacing_mm": spacing_mm[1],
             }
@@ -242,7 +274,8 @@ class _Cutting:
         for row in (self.table[index] for index in chosen_rows(len(self.table))):
             middle = row["slice_index"][len(row["slice_index"]) // 2]
             box = Box(*(row[f"box_{name}"] for name in Box._fields))
-            centre = self.centres.of({**row, "rows": row["image_rows"], "columns": row["image_columns"]})
+            size = {"rows": row["image_rows"], "columns": row["image_columns"]}
+            centre = self.centres.of({**row, **size}, int(self.middle[row["series_id"]]))
             tiles.append(tile(self.store.read(row["series_id"])[middle], box, centre.mask_HW))
         return contact_sheet(tiles)
 
@@ -291,6 +324,12 @@ def place_crop(
         return box, "+".join(filter(None, (centre.flags, BOX_OUTSIDE)))
     detail = f"the image ends {shift:.0f} mm before the box that the mask asks for, {MAX_SHIFT_MM:g} mm are accepted"
     raise Flagged(BOX_OUTSIDE, detail, centre.region_slice, centre.mask_HW)
+
+
+def _grid(row: dict[Any, Any]) -> tuple[tuple[int, int], tuple[float, float]]:
+    """Return rows and columns, and row and column spacing in mm, of a manifest row."""
+    shape = int(row["rows"]), int(row["columns"])
+    return shape, (float(row["spacing_row_mm"]), float(row["spacing_column_mm"]))
 
 
 def _box_columns(box: Box, row: dict[str, Any]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lbp_ray.roi.centres import MANUAL
 from lbp_ray.roi.regions import OUT_OF_FOLD, RegionError, Regions, RegionsMeta
 from lbp_ray.splits import HOLDOUT
 
@@ -116,6 +117,18 @@ def check_regions(regions: Regions, split: Split, roi: RoiConfig) -> tuple[str, 
         *_sealed_statements(regions, split.table, allowed=roi.allow_holdout_training),
         *_nesting_statements(regions, split, label_blind=roi.label_blind),
     )
+
+
+def manual_statements(crops: pd.DataFrame) -> tuple[str, ...]:
+    """Return what the report must say of crops by hand.
+
+    Parameters
+    ----------
+    crops
+        Table of the crops artefact.
+    """
+    count = int((crops["crop_source"] == MANUAL).sum())
+    return (f"{count} of {len(crops)} crops were placed or corrected by hand.",) if count else ()
 
 
 def _sealed_statements(regions: Regions, table: pd.DataFrame, *, allowed: bool) -> tuple[str, ...]:
