@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-ROUNDS = 5
+ROUNDS = 3
 NUM_EXAMS = 64
 MATRIX = 256
 INPUT_PX = 256
