@@ -1,7 +1,7 @@
-"""How sure an area under the ROC curve is, and whether two of them differ on the same exams.
+"""How sure a metric is, and whether two areas under the ROC curve differ on the same exams.
 
-Uncertainty is over patients, conditional on the trained models. Suffixes: S studies, P positive studies, N negative
-studies, C patients, K sets of scores.
+Uncertainty is over patients, conditional on the trained models; that of cross-validated scores is inflated. Suffixes:
+S studies, P positive studies, N negative studies, C patients, K sets of scores, B bootstrap resamples.
 """
 
 from __future__ import annotations
@@ -10,15 +10,34 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy.stats import beta, norm, rankdata
+from scipy.stats import beta, binomtest, norm, rankdata
 
-from lbp_ray.metrics import check_scores
+from lbp_ray.metrics import (
+    all_metrics,
+    check_scores,
+    confusion,
+    patient_resamples,
+    percentile_interval,
+    resampled_metrics,
+)
+from lbp_ray.result import Interval
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from lbp_ray.study import EvaluationConfig
+
+FEWEST = 2
+"""Patients of each class without which nothing varies over patients."""
+
 NO_SPREAD = 1e-7
 """Standard deviation of an area, and difference of two, that is rounding error: one pair of exams moves more."""
+
+WIDENED = ", widened for cross-validation"
+"""Ends the method of an interval whose variance was inflated."""
+
+RANGES = {"mcc": (-1.0, 1.0), "separation": (-1.0, 1.0)}
+"""Where a metric can lie; from 0 to 1 unless it stands here."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +61,32 @@ class Difference(NamedTuple):
     """Two-sided, of no difference."""
 
 
-def compare_areas(labels_S: np.ndarray, scores_KS: np.ndarray, patients_S: np.ndarray) -> Areas:
+def cross_validation_inflation(folds: int) -> float:
+    """Return by how much the variance of cross-validated scores exceeds that of one model's scores of new patients.
+
+    Every patient who is scored by one fold's network has trained the networks of all other folds. The scores of two
+    folds therefore err together, which no variance over patients sees; an unbiased estimate of it does not exist.
+
+    Parameters
+    ----------
+    folds
+        K; each network is tested on one part and trained on K - 1.
+
+    Returns
+    -------
+    float
+        1 + K / (K - 1): 2.1 for ten folds.
+
+    References
+    ----------
+    Nadeau and Bengio, Machine Learning 52 (2003); Bengio and Grandvalet, JMLR 5 (2004), on the unbiased estimate.
+    """
+    return 1 + folds / (folds - 1)
+
+
+def compare_areas(
+    labels_S: np.ndarray, scores_KS: np.ndarray, patients_S: np.ndarray, *, inflation: float = 1.0
+) -> Areas:
     """Compute areas under ROC curves and how they vary together over patients.
 
     With one study per patient this is DeLong's covariance; with several, studies of a patient count as a cluster.
@@ -55,6 +99,8 @@ def compare_areas(labels_S: np.ndarray, scores_KS: np.ndarray, patients_S: np.nd
         K scores of every study; higher means positive.
     patients_S
         Patient of every study.
+    inflation
+        Factor of the covariance, for cross-validated scores (`cross_validation_inflation`).
 
     Raises
     ------
@@ -78,7 +124,7 @@ def compare_areas(labels_S: np.ndarray, scores_KS: np.ndarray, patients_S: np.nd
     second = _correction(patient_S[~positive]) * other_KC @ other_KC.T
     both = _correction(patient_S) * sums_KC @ other_KC.T
     smaller = min(len(np.unique(patient_S[chosen])) for chosen in (positive, ~positive))
-    return Areas(areas_K, first + second + both + both.T, smaller)
+    return Areas(areas_K, inflation * (first + second + both + both.T), smaller)
 
 
 def _placements(scores_P: np.ndarray, scores_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,15 +158,18 @@ def area_interval(areas: Areas, row: int, *, level: float) -> tuple[float, float
 
     Notes
     -----
-    An area that does not vary is not known for certain: perfect or constant scores have no variance. Its interval is
-    then that of a share of the patients of the smaller class, by Clopper and Pearson, which errs on the wide side: the
-    low end of the area rounded down to whole patients, the high end of the area rounded up.
+    Nothing is known of a class of one patient: the interval is 0 to 1. An area that does not vary is not known for
+    certain: perfect or constant scores have no variance. Its interval is then that of a share of the patients of the
+    smaller class, by Clopper and Pearson, which errs on the wide side: the low end of the area rounded down to whole
+    patients, the high end of the area rounded up.
 
     References
     ----------
     Pepe, The Statistical Evaluation of Medical Tests (2003), section 5.2: intervals for the AUC by its logit.
     Clopper and Pearson, Biometrika 26 (1934).
     """
+    if areas.smaller_class < FEWEST:
+        return 0.0, 1.0
     area = float(areas.areas_K[row])
     spread = _deviation(areas.covariance_KK[row, row])
     if spread <= NO_SPREAD:
@@ -129,6 +178,18 @@ def area_interval(areas: Areas, row: int, *, level: float) -> tuple[float, float
     logit = np.log(area / (1 - area))
     low, high = 1 / (1 + np.exp(-(logit - half))), 1 / (1 + np.exp(-(logit + half)))
     return float(low), float(high)
+
+
+def delong_interval(
+    labels_S: np.ndarray, scores_S: np.ndarray, patients_S: np.ndarray, *, level: float, inflation: float = 1.0
+) -> Interval:
+    """Return the interval of one set of scores' area, as `compare_areas` and `area_interval` make it."""
+    areas = compare_areas(labels_S, scores_S[None], patients_S, inflation=inflation)
+    low, high = area_interval(areas, 0, level=level)
+    method = f"DeLong over patients, on the logit scale{WIDENED if inflation > 1 else ''}"
+    if areas.smaller_class < FEWEST:
+        method = "one patient in a class: unknown"
+    return Interval(low=low, high=high, level=level, method=method)
 
 
 def _deviation(variance: float) -> float:
@@ -158,10 +219,13 @@ def difference_of(areas: Areas, first: int, second: int, *, level: float) -> Dif
 
     Notes
     -----
-    Where neither area varies (perfect or constant scores), or two that differ vary as one, nothing tells how far the
-    difference would be another one on other patients. It is then not estimable: the interval is -1 to 1, the p-value 1.
+    Where a class has one patient, neither area varies (perfect or constant scores), or two that differ vary as one,
+    nothing tells how far the difference would be another one on other patients. It is then not estimable: the interval
+    is -1 to 1, the p-value 1.
     """
     difference = float(areas.areas_K[first] - areas.areas_K[second])
+    if areas.smaller_class < FEWEST:
+        return Difference(difference, -1.0, 1.0, p_value=1.0)
     covariance = areas.covariance_KK
     variance = covariance[first, first] + covariance[second, second] - 2 * covariance[first, second]
     spread = _deviation(variance)
@@ -184,3 +248,133 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty(len(order))
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return [float(value) for value in adjusted]
+
+
+def wilson_interval(successes: int, total: int, *, level: float) -> tuple[float, float]:
+    """Return Wilson's score interval of a share; of nothing it is 0 to 1.
+
+    Parameters
+    ----------
+    successes, total
+        Patients with, of all.
+    level
+        Nominal coverage, e.g. 0.95.
+
+    References
+    ----------
+    Wilson, Journal of the American Statistical Association 22 (1927); Brown, Cai and DasGupta, Statistical Science 16
+    (2001), on why not the normal approximation.
+    """
+    if total == 0:
+        return 0.0, 1.0
+    low, high = binomtest(successes, total).proportion_ci(confidence_level=level, method="wilson")
+    return float(low), float(high)
+
+
+def resampled_interval(values_B: np.ndarray, *, level: float, possible: tuple[float, float] = (0.0, 1.0)) -> Interval:
+    """Return the percentile interval of a metric's values in resamples of patients.
+
+    Parameters
+    ----------
+    values_B
+        The metric in every resample.
+    level
+        Nominal coverage.
+    possible
+        Where the metric can lie: its interval where all resamples agree (no decision is wrong, say, or none positive).
+        A bootstrap cannot imagine the patient that was not there, and without spread it knows nothing.
+    """
+    method = f"percentile bootstrap over patients, {len(values_B)} resamples"
+    if np.ptp(values_B) <= NO_SPREAD:
+        return Interval(low=possible[0], high=possible[1], level=level, method=f"{method} that are all alike: unknown")
+    low, high = percentile_interval(values_B, level)
+    return Interval(low=low, high=high, level=level, method=method)
+
+
+def widened(
+    interval: Interval, estimate: float, *, inflation: float, possible: tuple[float, float] = (0.0, 1.0)
+) -> Interval:
+    """Stretch an interval about its estimate as an inflated variance would, within what is possible."""
+    if inflation == 1:
+        return interval
+    stretch = float(np.sqrt(inflation))
+    low = max(possible[0], min(interval.low, estimate - stretch * (estimate - interval.low)))
+    high = min(possible[1], max(interval.high, estimate + stretch * (interval.high - estimate)))
+    return interval.model_copy(update={"low": low, "high": high, "method": f"{interval.method}{WIDENED}"})
+
+
+def metric_intervals(
+    labels_S: np.ndarray,
+    scores_S: np.ndarray,
+    decisions_S: np.ndarray,
+    patients_S: np.ndarray,
+    *,
+    evaluation: EvaluationConfig,
+    inflation: float = 1.0,
+) -> dict[str, Interval]:
+    """Return the interval of every metric that `lbp_ray.metrics.all_metrics` computes, over patients.
+
+    Parameters
+    ----------
+    labels_S, scores_S, decisions_S
+        What the metrics are computed from.
+    patients_S
+        Patient of every study (or slice).
+    evaluation
+        Level, resamples, seed, and which interval ROC-AUC and shares have.
+    inflation
+        Factor of the variance, for cross-validated scores (`cross_validation_inflation`).
+
+    Notes
+    -----
+    Conditional on the trained models and their thresholds: what training again would change is not in them. ROC-AUC has
+    DeLong's interval on the logit scale. Precision, NPV, recall, specificity and accuracy have Wilson's where every
+    patient stands once, and balanced accuracy what follows from those of recall and specificity; several units of a
+    patient are no independent trials, and patients are resampled instead. Average precision, MCC and separation always
+    resample patients.
+
+    References
+    ----------
+    Zou and Donner, Statistics in Medicine 27 (2008): intervals of a sum from those of its parts.
+    """
+    level = evaluation.interval_level
+    weights_BS = patient_resamples(patients_S, labels_S, resamples=evaluation.bootstrap_resamples, seed=evaluation.seed)
+    found = {
+        name: resampled_interval(values_B, level=level, possible=RANGES.get(name, (0.0, 1.0)))
+        for name, values_B in resampled_metrics(labels_S, scores_S, decisions_S, weights_BS).items()
+    }
+    if evaluation.share_interval == "wilson" and len(np.unique(patients_S)) == len(patients_S):
+        found |= _wilson_intervals(labels_S, decisions_S, level=level)
+    estimates = all_metrics(labels_S, scores_S, decisions_S)
+    found = {
+        name: widened(interval, estimates[name], inflation=inflation, possible=RANGES.get(name, (0.0, 1.0)))
+        for name, interval in found.items()
+    }
+    if evaluation.area_interval == "delong":
+        found["roc_auc"] = delong_interval(labels_S, scores_S, patients_S, level=level, inflation=inflation)
+    return found
+
+
+def _wilson_intervals(labels_S: np.ndarray, decisions_S: np.ndarray, *, level: float) -> dict[str, Interval]:
+    tp, fp, fn, tn = (int(count[0]) for count in confusion(labels_S, decisions_S))
+    shares = {
+        "precision": (tp, tp + fp),
+        "npv": (tn, tn + fn),
+        "recall": (tp, tp + fn),
+        "specificity": (tn, tn + fp),
+        "accuracy": (tp + tn, len(labels_S)),
+    }
+    intervals = {}
+    for name, (successes, total) in shares.items():
+        low, high = wilson_interval(successes, total, level=level)
+        method = "Wilson over patients" if total else "no patient to take a share of: unknown"
+        intervals[name] = Interval(low=low, high=high, level=level, method=method)
+    if tp + fn and tn + fp:
+        recall, specificity = tp / (tp + fn), tn / (tn + fp)
+        below = np.hypot(recall - intervals["recall"].low, specificity - intervals["specificity"].low) / 2
+        above = np.hypot(intervals["recall"].high - recall, intervals["specificity"].high - specificity) / 2
+        mean, method = (recall + specificity) / 2, "Wilson's of recall and specificity, combined"
+        intervals["balanced_accuracy"] = Interval(
+            low=float(mean - below), high=float(mean + above), level=level, method=method
+        )
+    return intervals

@@ -1,11 +1,11 @@
-"""The eight metrics, study rules, thresholds and patient-level intervals.
+"""The eight metrics, study rules, thresholds and resamples of patients.
 
 Plain arrays in, plain numbers out. Suffixes: S studies, B bootstrap resamples.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-StudyRule = Literal["max", "mean"]
+    from lbp_ray.study import Criterion, StudyRule
 
 
 class MetricError(ValueError):
@@ -57,35 +57,64 @@ def check_scores(labels_S: np.ndarray, scores_S: np.ndarray) -> None:
         raise MetricError(msg)
 
 
-def study_scores(study_M: np.ndarray, scores_M: np.ndarray, *, rule: StudyRule) -> tuple[np.ndarray, np.ndarray]:
-    """Aggregate slice scores to study scores.
+def study_scores(
+    study_M: np.ndarray, probability_M: np.ndarray, *, rule: StudyRule, k: int = 2
+) -> tuple[np.ndarray, np.ndarray]:
+    """Aggregate slice probabilities to study scores.
 
     Parameters
     ----------
     study_M
         Study of each slice (numbers or names).
-    scores_M
-        Score of each slice.
+    probability_M
+        Probability of each slice.
     rule
-        ``max``: the study is positive if any slice is (the Oulu rule, as a score); ``mean``: slices vote.
+        ``any``: their maximum, so that the study is positive if any slice is (the Oulu rule, as a score); ``mean``;
+        ``top_k``: mean of the `k` largest; ``noisy_or``: 1 - product of (1 - p), as if slices erred independently.
+    k
+        Read by ``top_k``; a study with fewer slices averages all of them.
 
     Returns
     -------
     studies, scores
         Distinct studies, ascending, and their scores.
     """
-    studies, inverse = np.unique(study_M, return_inverse=True)
+    studies, inverse, counts = np.unique(study_M, return_inverse=True, return_counts=True)
     if rule == "mean":
-        return studies, np.bincount(inverse, scores_M) / np.bincount(inverse)
-    scores = np.full(len(studies), -np.inf)
-    np.maximum.at(scores, inverse, scores_M)
-    return studies, scores
+        return studies, np.bincount(inverse, probability_M) / counts
+    if rule == "noisy_or":
+        with np.errstate(divide="ignore"):
+            return studies, -np.expm1(np.bincount(inverse, np.log1p(-probability_M)))
+    order = np.lexsort((-probability_M, inverse))
+    first = np.cumsum(counts) - counts
+    if rule == "any":
+        return studies, probability_M[order][first]
+    assert rule == "top_k", rule
+    among_largest = np.arange(len(order)) - np.repeat(first, counts) < k
+    kept = order[among_largest]
+    return studies, np.bincount(inverse[kept], probability_M[kept]) / np.minimum(counts, k)
 
 
-def youden_threshold(labels_S: np.ndarray, scores_S: np.ndarray) -> float:
-    """Return the score threshold (positive: score ≥ threshold) with the largest recall + specificity − 1.
+def fit_threshold(
+    labels_S: np.ndarray, scores_S: np.ndarray, *, criterion: Criterion = "youden", target: float | None = None
+) -> float:
+    """Return the score threshold (positive: score ≥ threshold) that a criterion takes on the ROC curve.
 
-    Ties go to the higher specificity.
+    Parameters
+    ----------
+    labels_S, scores_S
+        0 or 1, both present, and scores.
+    criterion
+        ``youden``: largest recall + specificity - 1; ``closest`` to recall 1 and specificity 1; largest ``g_mean``,
+        the root of recall times specificity; ``max_mcc``; or the highest threshold whose ``sensitivity`` or ``npv``
+        reaches `target`. Ties go to the higher specificity.
+    target
+        Of the last two criteria.
+
+    Raises
+    ------
+    MetricError
+        If no threshold reaches the target.
 
     References
     ----------
@@ -93,24 +122,92 @@ def youden_threshold(labels_S: np.ndarray, scores_S: np.ndarray) -> float:
     """
     check_scores(labels_S, scores_S)
     false_positive_rate, recall, thresholds = roc_curve(labels_S, scores_S, drop_intermediate=False)
-    best = int(np.argmax(np.round(recall - false_positive_rate, 12)))
+    merit = _merit(recall, false_positive_rate, labels_S, criterion, target)
+    best = int(np.argmax(np.round(merit, 12)))
     if not np.isfinite(thresholds[best]):
-        return float(np.max(scores_S)) + 1.0
+        return float(np.nextafter(np.max(scores_S), np.inf))
     return float(thresholds[best])
 
 
-def cross_fitted_thresholds(labels_S: np.ndarray, scores_S: np.ndarray, folds_S: np.ndarray) -> dict[int, float]:
-    """Return for each fold the Youden threshold of all *other* folds' out-of-fold scores.
+def _merit(
+    recall: np.ndarray,
+    false_positive_rate: np.ndarray,
+    labels_S: np.ndarray,
+    criterion: Criterion,
+    target: float | None,
+) -> np.ndarray:
+    """Value of each point of a ROC curve, in falling order of thresholds: the first of the largest is taken."""
+    specificity = 1 - false_positive_rate
+    if criterion == "youden":
+        return np.asarray(recall - false_positive_rate)
+    if criterion == "closest":
+        return np.asarray(-np.hypot(1 - recall, false_positive_rate))
+    if criterion == "g_mean":
+        return np.asarray(np.sqrt(recall * specificity))
+    positives, negatives = np.sum(labels_S == 1), np.sum(labels_S == 0)
+    counts = Counts(
+        recall * positives, false_positive_rate * negatives, (1 - recall) * positives, specificity * negatives
+    )
+    if criterion == "max_mcc":
+        return threshold_metrics(counts)["mcc"]
+    reached = recall if criterion == "sensitivity" else threshold_metrics(counts)["npv"]
+    assert target is not None
+    enough = np.round(reached, 12) >= target
+    if criterion == "npv":
+        enough &= counts.fn + counts.tn > 0.5
+    if not enough.any():
+        msg = f"no threshold reaches {criterion} {target:g}, the best has {reached.max():.3f}; lower the target"
+        raise MetricError(msg)
+    return enough.astype(float)
+
+
+def cross_fitted_thresholds(
+    labels_S: np.ndarray,
+    scores_S: np.ndarray,
+    folds_S: np.ndarray,
+    *,
+    criterion: Criterion = "youden",
+    target: float | None = None,
+) -> dict[int, float]:
+    """Return for each fold the threshold of all *other* folds' out-of-fold scores.
 
     Parameters
     ----------
     labels_S, scores_S
-        Study labels and out-of-fold study scores of one seed.
+        Labels and out-of-fold scores of one seed, or averaged over seeds.
     folds_S
-        Fold that each study was held out in.
+        Fold that each was held out in.
+    criterion, target
+        As `fit_threshold` takes them.
     """
     return {
-        int(fold): youden_threshold(labels_S[folds_S != fold], scores_S[folds_S != fold]) for fold in np.unique(folds_S)
+        int(fold): fit_threshold(
+            labels_S[folds_S != fold], scores_S[folds_S != fold], criterion=criterion, target=target
+        )
+        for fold in np.unique(folds_S)
+    }
+
+
+def same_fold_thresholds(
+    labels_S: np.ndarray,
+    scores_S: np.ndarray,
+    folds_S: np.ndarray,
+    *,
+    criterion: Criterion = "youden",
+    target: float | None = None,
+) -> dict[int, float]:
+    """Return for each fold the threshold of its *own* scores, which makes its decisions optimistic.
+
+    Parameters
+    ----------
+    labels_S, scores_S, folds_S, criterion, target
+        As `cross_fitted_thresholds` takes them.
+    """
+    return {
+        int(fold): fit_threshold(
+            labels_S[folds_S == fold], scores_S[folds_S == fold], criterion=criterion, target=target
+        )
+        for fold in np.unique(folds_S)
     }
 
 
@@ -162,13 +259,19 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def all_metrics(labels_S: np.ndarray, scores_S: np.ndarray, decisions_S: np.ndarray) -> dict[str, float]:
-    """Compute the eight metrics and accuracy of one complete set of studies."""
+    """Compute the eight metrics, accuracy and separation of one complete set of studies (or slices)."""
     fixed = {name: float(value[0]) for name, value in threshold_metrics(confusion(labels_S, decisions_S)).items()}
     return {
         "average_precision": average_precision(labels_S, scores_S),
         "roc_auc": roc_auc(labels_S, scores_S),
         **fixed,
+        "separation": separation(labels_S, scores_S),
     }
+
+
+def separation(labels_S: np.ndarray, scores_S: np.ndarray) -> float:
+    """Return the mean score of the positives minus that of the negatives (Oulu thesis, section 3.5)."""
+    return float(scores_S[labels_S == 1].mean() - scores_S[labels_S == 0].mean())
 
 
 def patient_resamples(patient_S: np.ndarray, labels_S: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
@@ -201,24 +304,46 @@ def patient_resamples(patient_S: np.ndarray, labels_S: np.ndarray, *, resamples:
     return weights_BS
 
 
+BLOCK_VALUES = 2**24
+"""Weights that resampled metrics hold several copies of at a time, 128 MiB each."""
+
+
 def resampled_metrics(
     labels_S: np.ndarray, scores_S: np.ndarray, decisions_S: np.ndarray, weights_BS: np.ndarray
 ) -> Mapping[str, np.ndarray]:
-    """Compute every metric of `all_metrics` in every resample, (B,) each."""
+    """Compute every metric of `all_metrics` in every resample, (B,) each; memory is that of some resamples."""
+    rows = max(1, BLOCK_VALUES // len(scores_S))
+    starts = range(0, len(weights_BS), rows)
+    blocks = [_resampled_block(labels_S, scores_S, decisions_S, weights_BS[start : start + rows]) for start in starts]
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _resampled_block(
+    labels_S: np.ndarray, scores_S: np.ndarray, decisions_S: np.ndarray, weights_BS: np.ndarray
+) -> dict[str, np.ndarray]:
     return {
         "average_precision": _weighted_average_precision(labels_S, scores_S, weights_BS),
         "roc_auc": _weighted_roc_auc(labels_S, scores_S, weights_BS),
         **threshold_metrics(confusion(labels_S, decisions_S, weights_BS)),
+        "separation": _weighted_mean(scores_S, weights_BS * (labels_S == 1))
+        - _weighted_mean(scores_S, weights_BS * (labels_S == 0)),
     }
 
 
+def _weighted_mean(values_S: np.ndarray, weights_BS: np.ndarray) -> np.ndarray:
+    mean: np.ndarray = weights_BS @ values_S / weights_BS.sum(1)
+    return mean
+
+
 def _weighted_roc_auc(labels_S: np.ndarray, scores_S: np.ndarray, weights_BS: np.ndarray) -> np.ndarray:
-    positive = labels_S == 1
-    difference = scores_S[positive][:, None] - scores_S[~positive][None, :]
-    wins = (difference > 0) + 0.5 * (difference == 0)
-    weights_positive, weights_negative = weights_BS[:, positive], weights_BS[:, ~positive]
-    pairs = weights_positive.sum(1) * weights_negative.sum(1)
-    area: np.ndarray = ((weights_positive @ wins) * weights_negative).sum(1) / pairs
+    """Share of pairs that the positive wins, ties by half: a running count of the negatives below, in score order."""
+    order = np.argsort(scores_S, kind="stable")
+    starts = np.flatnonzero(np.append(True, np.diff(scores_S[order]) != 0))
+    weights, positive = weights_BS[:, order], labels_S[order] == 1
+    positives = np.add.reduceat(weights * positive, starts, axis=1)
+    negatives = np.add.reduceat(weights * ~positive, starts, axis=1)
+    below = np.cumsum(negatives, axis=1) - 0.5 * negatives
+    area: np.ndarray = (positives * below).sum(1) / (positives.sum(1) * negatives.sum(1))
     return area
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lbp_ray.metrics import cross_fitted_thresholds
-from lbp_ray.splits import HOLDOUT
+from lbp_ray.metrics import cross_fitted_thresholds, same_fold_thresholds, study_scores
+from lbp_ray.splits import HOLDOUT, require_no_holdout
 from preprocess.commit import content_id
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lbp_ray.cell import TrialSpec
-    from lbp_ray.metrics import StudyRule
     from lbp_ray.splits import Split
+    from lbp_ray.study import EvaluationConfig, Level, Recipe
 
 OUT_OF_FOLD_COLUMNS = (
     "recipe_id",
@@ -31,6 +31,7 @@ OUT_OF_FOLD_COLUMNS = (
     "probability",
     "study_probability",
     "threshold",
+    "slice_threshold",
     "threshold_source",
     "epoch",
     "selection",
@@ -53,7 +54,9 @@ def recipe_id(spec: TrialSpec) -> str:
     return content_id({"recipe": spec.recipe.model_dump(mode="json"), "weights": spec.weights_hash})
 
 
-def collect(specs: Sequence[TrialSpec], folders: Sequence[Path], split: Split) -> pd.DataFrame:
+def collect(
+    specs: Sequence[TrialSpec], folders: Sequence[Path], split: Split, evaluation: EvaluationConfig
+) -> pd.DataFrame:
     """Join the predictions of all trials into the out-of-fold table.
 
     Parameters
@@ -64,6 +67,8 @@ def collect(specs: Sequence[TrialSpec], folders: Sequence[Path], split: Split) -
         Their committed folders, in the same order.
     split
         Folds and labels.
+    evaluation
+        How thresholds are fitted.
 
     Returns
     -------
@@ -87,16 +92,22 @@ def collect(specs: Sequence[TrialSpec], folders: Sequence[Path], split: Split) -
     truth = split.table[["study_id", "fold", "label"]].rename(columns={"fold": "fold_of_study"})
     table = table.merge(truth, on="study_id", how="left")
     table["split_hash"] = split.split_hash
-    table = _with_study_scores(table, specs[0].recipe.study_rule)
     _check(table, specs, split)
-    table = _with_thresholds(table)
+    require_no_holdout(split.table, table["study_id"], "threshold")
+    table = with_study_scores(table, specs[0].recipe)
+    table = _with_thresholds(table, evaluation)
     return table.sort_values(KEY, ignore_index=True)[list(OUT_OF_FOLD_COLUMNS)]
 
 
 def collect_holdout(specs: Sequence[TrialSpec], folders: Sequence[Path]) -> pd.DataFrame:
-    """Join the hold-out predictions of all trials, keyed also by fold; there are no labels in it."""
+    """Join the hold-out predictions of all trials, keyed also by fold; there are no labels and no decisions in it."""
     tables = [
-        pd.read_parquet(folder / "holdout.parquet").assign(**spec.cell.model_dump(), trial_id=spec.trial_id)
+        pd.read_parquet(folder / "holdout.parquet").assign(
+            **spec.cell.model_dump(),
+            trial_id=spec.trial_id,
+            epoch=json.loads((folder / "trial.json").read_text())["epochs"][0],
+            selection=spec.recipe.selection,
+        )
         for spec, folder in zip(specs, folders, strict=True)
     ]
     return pd.concat(tables).sort_values(["num_slices", "seed", "fold", "study_id", "slice_index"], ignore_index=True)
@@ -130,35 +141,102 @@ def check_environments(folders: Sequence[Path], *, allow_mixed: bool = False) ->
 
 
 def _trial_rows(spec: TrialSpec, folder: Path) -> pd.DataFrame:
-    found = json.loads((folder / "trial.json").read_text())["trial_id"]
-    if found != spec.trial_id:
-        msg = f"{folder} holds trial {found[:16]}, planned was {spec.trial_id[:16]}; delete the folder and run again"
+    record = json.loads((folder / "trial.json").read_text())
+    if record["trial_id"] != spec.trial_id:
+        found = record["trial_id"][:16]
+        msg = f"{folder} holds trial {found}, planned was {spec.trial_id[:16]}; delete the folder and run again"
         raise IncompleteStudyError(msg)
     return pd.read_parquet(folder / "out_of_fold.parquet").assign(
         recipe_id=recipe_id(spec),
         fold=spec.cell.fold,
         seed=spec.cell.seed,
         num_slices=spec.cell.num_slices,
-        epoch=spec.recipe.frozen_epochs + spec.recipe.unfrozen_epochs,
-        selection="fixed_epochs",
+        epoch=record["epochs"][0],
+        selection=spec.recipe.selection,
         trial_id=spec.trial_id,
     )
 
 
-def _with_study_scores(table: pd.DataFrame, rule: StudyRule) -> pd.DataFrame:
-    grouped = table.groupby(["num_slices", "seed", "study_id"])["probability"]
-    return table.assign(study_probability=grouped.transform(rule))
+def with_study_scores(table: pd.DataFrame, recipe: Recipe) -> pd.DataFrame:
+    """Add each study's score by the recipe's rule to its slices.
+
+    Parameters
+    ----------
+    table
+        ``num_slices``, ``seed``, ``fold``, ``study_id``, ``probability``: one row per slice of each model.
+    recipe
+        Names the rule.
+    """
+    model_M = table.groupby(["num_slices", "seed", "fold", "study_id"], sort=False).ngroup().to_numpy()
+    _, scores = study_scores(model_M, table["probability"].to_numpy(), rule=recipe.study_rule, k=recipe.study_rule_k)
+    return table.assign(study_probability=scores[model_M])
 
 
-def _with_thresholds(table: pd.DataFrame) -> pd.DataFrame:
-    table = table.assign(threshold=np.nan, threshold_source="cross_fitted")
+def fold_thresholds(slices: pd.DataFrame, evaluation: EvaluationConfig, level: Level) -> dict[int, float]:
+    """Return the threshold that each fold's studies, or slices, are judged by.
+
+    Parameters
+    ----------
+    slices
+        One row per slice of one seed, or of the average over seeds: ``study_id``, ``fold``, ``label``, ``probability``,
+        ``study_probability``.
+    evaluation
+        Whose scores, and by which criterion. With ``threshold_level: slice`` studies are judged by the slices'
+        threshold: by the rule ``any``, a study is positive if a slice passes it.
+    level
+        What is judged.
+    """
+    fit = same_fold_thresholds if evaluation.threshold_source == "same_fold" else cross_fitted_thresholds
+    labels, scores, folds = fitting_scores(slices, evaluation, level)
+    return fit(labels, scores, folds, criterion=evaluation.threshold_criterion, target=evaluation.threshold_target)
+
+
+def fitting_scores(
+    slices: pd.DataFrame, evaluation: EvaluationConfig, level: Level
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return labels, scores and folds of what a threshold is fitted on: studies, or slices."""
+    by_slice = "slice" in (level, evaluation.threshold_level)
+    units = slices if by_slice else slices.drop_duplicates("study_id")
+    scores = units["probability" if by_slice else "study_probability"]
+    return units["label"].to_numpy(dtype=int), scores.to_numpy(), units["fold"].to_numpy()
+
+
+def _with_thresholds(table: pd.DataFrame, evaluation: EvaluationConfig) -> pd.DataFrame:
+    table = table.assign(threshold=np.nan, slice_threshold=np.nan, threshold_source=evaluation.threshold_source)
     for _, rows in table.groupby(["num_slices", "seed"]):
-        studies = rows.drop_duplicates("study_id")
-        thresholds = cross_fitted_thresholds(
-            studies["label"].to_numpy(dtype=int), studies["study_probability"].to_numpy(), studies["fold"].to_numpy()
-        )
-        table.loc[rows.index, "threshold"] = rows["fold"].map(thresholds)
+        table.loc[rows.index, "threshold"] = rows["fold"].map(fold_thresholds(rows, evaluation, "study"))
+        table.loc[rows.index, "slice_threshold"] = rows["fold"].map(fold_thresholds(rows, evaluation, "slice"))
     return table
+
+
+def seed_means(table: pd.DataFrame, evaluation: EvaluationConfig) -> pd.DataFrame:
+    """Average the scores of one slice count over seeds, and say by which threshold they are judged.
+
+    Parameters
+    ----------
+    table
+        Its rows of the out-of-fold table.
+    evaluation
+        Whether the threshold is fitted on the averages or is the mean of the seeds'.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per slice, sorted by study and slice: ``study_id``, ``slice_index``, ``fold``, ``label``,
+        ``probability``, ``study_probability``, ``threshold``, ``slice_threshold``.
+    """
+    means = table.groupby(["study_id", "slice_index"], sort=True, as_index=False).agg(
+        fold=("fold", "first"),
+        label=("label", "first"),
+        probability=("probability", "mean"),
+        study_probability=("study_probability", "mean"),
+        threshold=("threshold", "mean"),
+        slice_threshold=("slice_threshold", "mean"),
+    )
+    if evaluation.ensemble_threshold == "refit":
+        means["threshold"] = means["fold"].map(fold_thresholds(means, evaluation, "study"))
+        means["slice_threshold"] = means["fold"].map(fold_thresholds(means, evaluation, "slice"))
+    return means
 
 
 def _check(table: pd.DataFrame, specs: Sequence[TrialSpec], split: Split) -> None:

@@ -1,6 +1,9 @@
 """Sealed hold-out and cross-validation folds, made on one row per patient and then expanded to exams.
 
-A study has one ledger of openings, whatever splits it commits: an exam that was opened stays opened in all of them.
+Whatever is fitted on data passes one gate, `require_no_holdout`. A root of runs has one ledger of openings, whatever
+its studies and their splits: an exam that was opened stays opened in all of them.
+
+Shape suffixes: E exams, P patients.
 """
 
 from __future__ import annotations
@@ -8,11 +11,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from lbp_ray.config import FrozenModel
 from preprocess.commit import content_id
@@ -25,7 +27,48 @@ HOLDOUT = -1
 """Fold number of exams in the sealed hold-out."""
 
 LEDGER = "holdout_ledger.jsonl"
-"""File in a study's folder: one line per opening of a hold-out."""
+"""File in the root of runs: one line per opening of a hold-out, whichever study it was opened for."""
+
+
+Purpose = Literal[
+    "templates",
+    "region_finder",
+    "training",
+    "oversampling",
+    "smote",
+    "scaling",
+    "pca",
+    "duplicates",
+    "sweep",
+    "threshold",
+    "epoch",
+]
+"""What is fitted on data; see `PURPOSES`."""
+
+_INSIDE = "give it exams of the folds only (fold 0 and up in the split's table)"
+
+PURPOSES: dict[Purpose, tuple[str, str]] = {
+    "templates": (
+        "the templates of the mid-sagittal choice, by which every exam is cropped, would show",
+        "choose templates of other patients, or set midsagittal.allow_holdout_templates=true and have the report say "
+        "so",
+    ),
+    "region_finder": (
+        "the segmenter that places the crops would be trained on",
+        "train it again after `python -m lbp_ray.seal`, with this study as the one whose hold-out stays unseen, or set "
+        "roi.allow_holdout_training=true and have the report say so",
+    ),
+    "training": ("a network would be trained on", _INSIDE),
+    "oversampling": ("oversampling, which repeats exams of the rarer class in training, would copy", _INSIDE),
+    "smote": ("SMOTE, which makes training examples between neighbours, would draw them from", _INSIDE),
+    "scaling": ("the mean and spread that features are scaled by would be taken from", _INSIDE),
+    "pca": ("principal components would be fitted on", _INSIDE),
+    "duplicates": ("the signatures that near-duplicates are looked up by would be fitted on", _INSIDE),
+    "sweep": ("a sweep would rank its settings by scores of", _INSIDE),
+    "threshold": ("a decision threshold would be fitted on scores of", _INSIDE),
+    "epoch": ("the epoch that scores would be chosen on", _INSIDE),
+}
+"""Every purpose: what would happen to the hold-out, and what to do instead."""
 
 
 class SplitError(ValueError):
@@ -46,7 +89,9 @@ def make_split(
 ) -> pd.DataFrame:
     """Assign every exam to the hold-out or to one fold.
 
-    Patients are drawn, not exams: a patient is positive if any exam is, and all exams follow their patient.
+    Patients are drawn, not exams: a patient is positive if any exam is, and all exams follow their patient. Shuffled,
+    then ordered by class and number of exams, patients are dealt to the folds in laps of alternating direction, so that
+    positive patients and patients per fold differ by at most 1, and exams per fold by few.
 
     Parameters
     ----------
@@ -55,7 +100,7 @@ def make_split(
     folds
         Number of cross-validation folds.
     holdout_fraction
-        Share of patients to seal away; 0 keeps none.
+        Share of patients to seal away, rounded up; 0 keeps none.
     seed
         Seed of both draws.
     never_holdout
@@ -69,46 +114,78 @@ def make_split(
     Raises
     ------
     SplitError
-        If there are too few patients of a class, or the result is not balanced.
+        If an exam stands twice or has no patient, there are too few patients of a class, or the result is not balanced.
     """
-    patients = exams.groupby("patient_id", sort=True)["label"].max().astype(int).reset_index()
-    fewest = int(patients["label"].value_counts().reindex([0, 1], fill_value=0).min())
-    if fewest < folds + (holdout_fraction > 0):
-        msg = (
-            f"{folds} folds{' and a hold-out' if holdout_fraction else ''} need at least "
-            f"{folds + (holdout_fraction > 0)} patients of each class, found {fewest}; lower split.folds"
-        )
-        raise SplitError(msg)
-    fold_of_patient = pd.Series(HOLDOUT, index=patients["patient_id"], name="fold")
-    kept = np.arange(len(patients))
+    if not _is_ascending(exams["study_id"]):
+        exams = exams.sort_values("study_id")
+        _refuse_repeated(exams["study_id"])
+    patient_E, names = _patient_codes(exams)
+    positive_P = np.bincount(patient_E, exams["label"].to_numpy(dtype=float)) > 0
+    exams_P = np.bincount(patient_E)
+    generator = np.random.Generator(np.random.Philox(key=[seed, len(names)]))
+    order = generator.permutation(len(names))
+    sealed = np.empty(0, np.int64)
     if holdout_fraction:
-        sealed = _draw_holdout(patients, holdout_fraction, seed, never_holdout)
-        kept = np.setdiff1d(kept, sealed)
-    labels = patients["label"].to_numpy()[kept]
-    splitter = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    for fold, (_, members) in enumerate(splitter.split(kept, labels)):
-        fold_of_patient.iloc[kept[members]] = fold
-    split = exams[["study_id", "patient_id"]].sort_values("study_id", ignore_index=True)
-    split["fold"] = split["patient_id"].map(fold_of_patient).astype(int)
-    check_split(split)
-    _check_balance(patients.assign(fold=fold_of_patient.to_numpy()))
+        drawn = order[~names.isin(never_holdout)[order]] if never_holdout else order
+        sealed = _draw_holdout(drawn, positive_P, holdout_fraction)
+    _require_enough(positive_P, sealed, folds)
+    fold_P = np.full(len(names), HOLDOUT)
+    is_kept = np.ones(len(names), bool)
+    is_kept[sealed] = False
+    kept = order[is_kept[order]]
+    most = exams_P.max()
+    # Positive ones first, by exams ascending, then descending: like meets like where classes meet.
+    rank_P = np.where(positive_P, exams_P - most - 1, most - exams_P)
+    small = np.int16 if most < np.iinfo(np.int16).max else np.int64  # 16 bits are sorted by digits, in linear time
+    kept = kept[np.argsort(rank_P[kept].astype(small), kind="stable")]  # ties stay shuffled
+    fold_P[kept] = generator.permutation(folds)[_laps(len(kept), folds)]
+    split = exams[["study_id", "patient_id"]].reset_index(drop=True).assign(fold=fold_P[patient_E])
+    _check_balance(fold_P, positive_P, folds)
     return split
 
 
-def _draw_holdout(patients: pd.DataFrame, fraction: float, seed: int, never: frozenset[str]) -> np.ndarray:
-    """Draw rows of patients to seal, stratified by label."""
-    eligible = np.flatnonzero(~patients["patient_id"].isin(never))
-    size = math.ceil(fraction * len(patients))
-    labels = patients["label"].to_numpy()[eligible]
-    if min((labels == 0).sum(), (labels == 1).sum(), len(eligible) - size) < 2:
+def _patient_codes(exams: pd.DataFrame) -> tuple[np.ndarray, pd.Index]:
+    """Return each exam's patient, numbered in the order of first exams, and the patients' names."""
+    codes, names = pd.factorize(exams["patient_id"])
+    if (codes < 0).any():
+        nameless = exams["study_id"].to_numpy()[codes < 0]
+        msg = f"study {nameless[0]} has no patient_id ({len(nameless)} such exam(s)); link the questionnaire again"
+        raise SplitError(msg)
+    return codes, names
+
+
+def _draw_holdout(may_be_sealed: np.ndarray, positive_P: np.ndarray, fraction: float) -> np.ndarray:
+    """Take the first patients of each class, as many as its share of all patients is due."""
+    size = math.ceil(round(fraction * len(positive_P), 9))  # 0.07 * 100 is a little more than 7
+    due = min(max(round(size * float(positive_P.mean())), 1), size - 1)
+    is_positive = positive_P[may_be_sealed]
+    found = int(is_positive.sum()), int((~is_positive).sum())
+    if size < 2 or found < (due, 0) or found[1] < size - due:
         msg = (
-            f"a hold-out of {size} patients needs at least {size + 2} that no template shows, two of each class, found "
-            f"{(labels == 0).sum()} and {(labels == 1).sum()} in the classes; choose templates of fewer patients, or "
+            f"a hold-out of {size} patients needs both classes, here {due} symptomatic and {size - due} asymptomatic "
+            f"patients that no template shows; found {found[0]} and {found[1]}: choose templates of fewer patients, or "
             "set split.holdout_fraction to 0"
         )
         raise SplitError(msg)
-    _, sealed = train_test_split(eligible, test_size=size, stratify=labels, shuffle=True, random_state=seed)
-    return np.asarray(sealed)
+    return np.concatenate([may_be_sealed[is_positive][:due], may_be_sealed[~is_positive][: size - due]])
+
+
+def _require_enough(positive_P: np.ndarray, sealed: np.ndarray, folds: int) -> None:
+    """Refuse folds that would lack a class, in which nothing could be scored."""
+    for name, is_of_class in (("symptomatic", positive_P), ("asymptomatic", ~positive_P)):
+        found, taken = int(is_of_class.sum()), int(is_of_class[sealed].sum())
+        if found - taken < folds:
+            msg = (
+                f"{folds} folds{' and a hold-out' if taken else ''} need at least {folds + taken} patients of each "
+                f"class, found {found} {name} ones; lower split.folds"
+            )
+            raise SplitError(msg)
+
+
+def _laps(count: int, folds: int) -> np.ndarray:
+    """Fold of each of `count` patients in a row: 0 up to the last, back down to 0, and so on."""
+    lap, place = np.divmod(np.arange(count), folds)
+    return np.where(lap % 2 == 0, place, folds - 1 - place)
 
 
 def check_split(split: pd.DataFrame) -> None:
@@ -124,26 +201,75 @@ def check_split(split: pd.DataFrame) -> None:
     SplitError
         Naming the first patient or exam at fault.
     """
-    repeated = split["study_id"][split["study_id"].duplicated()]
-    if len(repeated):
-        msg = f"study {repeated.iloc[0]} stands {int((split['study_id'] == repeated.iloc[0]).sum())} times in the split"
-        raise SplitError(msg + "; one row per exam is required")
-    spread = split.groupby("patient_id")["fold"].nunique()
-    leaking = spread[spread > 1]
+    _refuse_repeated(split["study_id"])
+    patient_E, names = _patient_codes(split)
+    fold_E = split["fold"].to_numpy()
+    first_P = np.empty(len(names), fold_E.dtype)
+    first_P[patient_E] = fold_E  # any one of a patient's folds: all must equal it
+    leaking = np.unique(patient_E[fold_E != first_P[patient_E]])
     if len(leaking):
-        found = sorted(split.loc[split["patient_id"] == leaking.index[0], "fold"].unique().tolist())
+        found = sorted(set(fold_E[patient_E == leaking[0]].tolist()))
         msg = (
-            f"patient {leaking.index[0]} stands in folds {found} ({len(leaking)} such patient(s)): training would see "
+            f"patient {names[leaking[0]]} stands in folds {found} ({len(leaking)} such patient(s)): training would see "
             "the patients it is tested on; delete the split and let the study make it again, by patient"
         )
         raise SplitError(msg)
 
 
-def _check_balance(patients: pd.DataFrame) -> None:
-    inside = patients[patients["fold"] != HOLDOUT]
-    counts = inside.groupby("fold")["label"].agg(["sum", "size"])
-    if np.ptp(counts["sum"]) > 1 or np.ptp(counts["size"]) > 2:
-        msg = f"folds are not balanced: positive patients {counts['sum'].tolist()}, patients {counts['size'].tolist()}"
+def _is_ascending(study_ids: pd.Series[str]) -> bool:
+    """Whether exams are sorted and none stands twice; a glance, where sorting millions of names takes seconds."""
+    later, earlier = study_ids[1:].reset_index(drop=True), study_ids[:-1].reset_index(drop=True)
+    return bool((later > earlier).all())
+
+
+def _refuse_repeated(study_ids: pd.Series[str]) -> None:
+    if not _is_ascending(study_ids) and study_ids.duplicated().any():
+        repeated = study_ids[study_ids.duplicated()]
+        msg = f"study {repeated.iloc[0]} stands {int((study_ids == repeated.iloc[0]).sum())} times in the split"
+        raise SplitError(msg + "; one row per exam is required")
+
+
+def sealed_among(split_table: pd.DataFrame, study_ids: Iterable[str]) -> pd.DataFrame:
+    """Return the rows of a split that are sealed and among some exams."""
+    is_sealed = (split_table["fold"] == HOLDOUT) & split_table["study_id"].isin(list(study_ids))
+    return split_table[is_sealed]
+
+
+def require_no_holdout(split_table: pd.DataFrame, study_ids: Iterable[str], purpose: Purpose) -> None:
+    """Refuse a fit on sealed exams: the one gate that everything fitted on data passes.
+
+    Parameters
+    ----------
+    split_table
+        ``study_id``, ``patient_id``, ``fold``.
+    study_ids
+        Exams that something is about to be fitted on. Where whole patients are fitted on, all of their exams.
+    purpose
+        What is fitted, of `PURPOSES`.
+
+    Raises
+    ------
+    SplitError
+        Naming the purpose, how many sealed exams it would use, the first of them and what to do.
+    """
+    sealed = sealed_among(split_table, study_ids)
+    if len(sealed):
+        would, instead = PURPOSES[purpose]
+        first = sealed.iloc[0]
+        msg = (
+            f"{would} {sealed['patient_id'].nunique()} patient(s) of the sealed hold-out, e.g. patient "
+            f"{first['patient_id']} (study {first['study_id']}; {len(sealed)} sealed exam(s) in all), which would then "
+            f"not be untouched: {instead}"
+        )
+        raise SplitError(msg)
+
+
+def _check_balance(fold_P: np.ndarray, positive_P: np.ndarray, folds: int) -> None:
+    inside = fold_P != HOLDOUT
+    patients = np.bincount(fold_P[inside], minlength=folds)
+    positive = np.bincount(fold_P[inside & positive_P], minlength=folds)
+    if np.ptp(positive) > 1 or np.ptp(patients) > 2:
+        msg = f"folds are not balanced: positive patients {positive.tolist()}, patients {patients.tolist()}"
         raise SplitError(msg)
 
 
@@ -189,12 +315,21 @@ class Split:
         Raises
         ------
         SplitError
-            If a patient stands in two folds or the table does not match its hash.
+            If a patient stands in two folds, a sealed exam has its label in the table, or the table does not match its
+            hashes.
         """
         table = pd.read_parquet(folder / "split.parquet")
         meta = json.loads((folder / "split.json").read_text())
         check_split(table)
-        if split_hash(table, training_labels(table)) != meta["split_hash"]:
+        told = table[(table["fold"] == HOLDOUT) & table["label"].notna()]
+        if len(told):
+            msg = (
+                f"{folder / 'split.parquet'} holds labels of {len(told)} sealed exam(s), e.g. of study "
+                f"{told['study_id'].iloc[0]}: the hold-out is not sealed; delete {folder} and run the study again"
+            )
+            raise SplitError(msg)
+        found = split_hash(table, training_labels(table)), holdout_commitment(table)
+        if found != (meta["split_hash"], meta["holdout_commitment"]):
             msg = f"{folder / 'split.parquet'} was changed after it was made; delete {folder} and run the study again"
             raise SplitError(msg)
         return cls(table, meta["split_hash"], meta["holdout_commitment"], folder)
@@ -229,9 +364,11 @@ class Opening(FrozenModel):
     """One line of the ledger."""
 
     line: int
-    """1 for the study's first opening, of whichever split."""
+    """1 for the first opening of the root, of whichever study and split."""
     number: int
     """1 where no exam had been opened before; from 2 on the hold-out is no longer untouched."""
+    study: str
+    """Name of the study that it was opened for."""
     user: str
     time: str
     """UTC, ISO 8601."""
@@ -256,7 +393,7 @@ def last_hash(openings: Sequence[Opening]) -> str:
 
 
 def read_ledger(path: Path) -> list[Opening]:
-    """Read the openings of a study's hold-outs; an absent ledger has none.
+    """Read the openings of a root's hold-outs; an absent ledger has none.
 
     Raises
     ------

@@ -2,80 +2,57 @@
 
 ``python -m lbp_ray.unseal --config configs/oulu.yaml --result RUNS/oulu/results/ID``
 
-Every opening is written to the study's ledger before a score is judged: who, when, for which result, which exams. A
+Every opening is written to one ledger before a score is judged: who, when, for which result, which exams. A
 second opening is recorded, and told, as the second, also where another split sealed some of the same exams.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import getpass
 import sys
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from lbp_ray.cohort import label_exams
-from lbp_ray.config import FrozenModel, load_config
-from lbp_ray.intervals import area_interval, compare_areas
-from lbp_ray.metrics import all_metrics, patient_resamples, percentile_interval, resampled_metrics, youden_threshold
-from lbp_ray.prepare import read_questionnaire
-from lbp_ray.result import METRIC_NAMES, Interval, StudyResult, table_hashes
-from lbp_ray.runs import RunPaths
-from lbp_ray.splits import (
-    HOLDOUT,
-    LEDGER,
-    Opening,
-    find_split,
-    holdout_commitment,
-    last_hash,
-    opening_number,
-    read_ledger,
-)
+from lbp_ray.config import load_config
+from lbp_ray.ensemble import MODEL, ensemble_threshold, model_means, model_thresholds
+from lbp_ray.finished import Finished, render_result
+from lbp_ray.out_of_fold import with_study_scores
+from lbp_ray.prepare import answers_hash, read_questionnaire
+from lbp_ray.result import HoldoutChoice, HoldoutResult, MetricSummary, Unsealed
+from lbp_ray.splits import HOLDOUT, Opening, last_hash, opening_number, read_ledger
 from lbp_ray.study import StudyConfig
+from lbp_ray.summaries import THRESHOLD_OF, judge, summarise, the_eight
 from preprocess.commit import canonical_json, write_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from lbp_ray.metrics import StudyRule
-    from lbp_ray.splits import Split
     from lbp_ray.study import EvaluationConfig
+
+
+LOCK = ".holdout_ledger.lock"
+"""File of a root that whoever opens a hold-out holds meanwhile; it is empty and stays."""
 
 
 class UnsealError(ValueError):
     """A hold-out that cannot be opened as it is."""
 
 
-class HoldoutResult(FrozenModel):
-    """The hold-out judged by one slice count: the mean of all fold models and seeds, one threshold."""
-
-    num_slices: int
-    num_studies: int
-    num_positive: int
-    threshold: float
-    """Youden's, of the seed-averaged out-of-fold scores."""
-    metrics: dict[str, Interval]
-    """The eight, with intervals over the hold-out's patients, conditional on the trained models."""
-
-
-class Unsealed(FrozenModel):
-    """What an opening told; its file leaves out which studies were opened."""
-
-    opening: Opening
-    num_lost: int
-    """Sealed studies without a crop: not predicted."""
-    slice_counts: tuple[HoldoutResult, ...]
-
-
-def record_opening(path: Path, *, result_hash: str, split_hash: str, studies: Sequence[str]) -> Opening:
-    """Append an opening to the ledger and return it."""
+def record_opening(path: Path, *, study: str, result_hash: str, split_hash: str, studies: Sequence[str]) -> Opening:
+    """Append an opening to the ledger and return it; `study` is the study's name, `studies` are the opened exams."""
     openings = read_ledger(path)
     opening = Opening(
         line=len(openings) + 1,
         number=opening_number(openings, studies),
+        study=study,
         user=getpass.getuser(),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
         result_hash=result_hash,
@@ -102,157 +79,188 @@ def unseal(config: StudyConfig, result_folder: Path) -> Unsealed:
     Raises
     ------
     ValueError
-        If the result is not of this study or its tables were changed, its split is gone, or a hold-out study lacks a
-        label or a prediction of any model. Nothing is opened then.
+        If the result is not of this study or its tables were changed, its split is gone, no threshold reaches its
+        target, or a hold-out study lacks a label or a prediction of any network. Nothing is opened then.
     """
-    result = StudyResult.load(result_folder / "result.json")
-    _check_result(result, result_folder, config.name)
-    made = StudyConfig.model_validate(result.config | {"paths": config.paths.model_dump()})
-    paths = RunPaths(config.paths.runs, config.name)
-    split = _split_of(result, paths)
+    finished = Finished.open(config, result_folder)
+    made, split = finished.config, finished.split
     holdout = split.table[split.table["fold"] == HOLDOUT]
-    labels = _sealed_labels(config.paths.questionnaire, holdout["study_id"])
-    scores = holdout_scores(pd.read_parquet(result_folder / "holdout.parquet"), made)
-    ledger = paths.folder / LEDGER
-    path = _unused(result_folder, line=len(read_ledger(ledger)) + 1)
-    opening = record_opening(
-        ledger, result_hash=result.result_hash, split_hash=split.split_hash, studies=holdout["study_id"].tolist()
-    )
-    outside = pd.read_parquet(result_folder / "out_of_fold.parquet")
-    patients = holdout.set_index("study_id")["patient_id"]
+    if holdout.empty:
+        msg = "the study sealed no hold-out (split.holdout_fraction is 0): there is nothing to open"
+        raise UnsealError(msg)
+    _require_same_answers(config.paths.questionnaire, finished.result.hashes["questionnaire"])
+    labels = _sealed_labels(made, holdout["study_id"])
+    scores = holdout_scores(finished.table("holdout"), made, labels)
+    table = finished.table("out_of_fold")
+    outside = {count: table[table["num_slices"] == count] for count in made.slice_counts}
+    level = made.evaluation.level
+    thresholds = {count: ensemble_threshold(outside[count], made.evaluation, level) for count in made.slice_counts}
+    with _only_opening(finished.paths.root):
+        _require_whole_ledger(finished.paths.ledger, result_folder)
+        opening = record_opening(
+            finished.paths.ledger,
+            study=config.name,
+            result_hash=finished.result.result_hash,
+            split_hash=split.split_hash,
+            studies=holdout["study_id"].tolist(),
+        )
+    patient_of = dict(zip(holdout["study_id"], holdout["patient_id"], strict=True))
     told = Unsealed(
         opening=opening,
         num_lost=int((~holdout["study_id"].isin(scores["study_id"])).sum()),
         slice_counts=tuple(
-            _judge(
-                scores[scores["num_slices"] == count].assign(
-                    label=lambda rows: rows["study_id"].map(labels),
-                    patient_id=lambda rows: rows["study_id"].map(patients),
-                ),
-                outside[outside["num_slices"] == count],
-                made.evaluation,
+            _judge_count(
+                scores[scores["num_slices"] == count],
+                thresholds[count],
+                model_thresholds(outside[count], level),
+                patient_of=patient_of,
+                evaluation=made.evaluation,
             )
             for count in made.slice_counts
         ),
     )
-    write_atomic(path, told.model_dump_json(indent=1, exclude={"opening": {"studies"}}).encode())
+    told.save(result_folder / f"unsealed-{opening.line:02d}.json")
     return told
 
 
-def _check_result(result: StudyResult, folder: Path, name: str) -> None:
-    if result.name != name:
-        msg = f"{folder} is a result of study {result.name}, the configuration is of {name}; give that study's own"
-        raise UnsealError(msg)
-    changed = [table for table, found in table_hashes(folder).items() if result.hashes.get(table) != found]
-    if changed:
+@contextmanager
+def _only_opening(root: Path) -> Iterator[None]:
+    """Hold the ledger's lock: two openings at once would both be told as the first."""
+    with (root / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _require_whole_ledger(ledger: Path, result_folder: Path) -> None:
+    """Refuse a ledger that lacks an opening which this result, or one of any study of the root, tells of."""
+    lines = [opening.model_copy(update={"studies": ()}) for opening in read_ledger(ledger)]
+    told = {*ledger.parent.glob("*/results/*/unsealed-*.json"), *result_folder.glob("unsealed-*.json")}
+    for path in sorted(told):
+        if Unsealed.load(path).opening not in lines:
+            msg = (
+                f"{path} tells of an opening that {ledger} does not hold ({len(lines)} line(s)): some were taken out; "
+                "restore it from a backup"
+            )
+            raise UnsealError(msg)
+
+
+def _require_same_answers(questionnaire: Path, made_with: str) -> None:
+    """Refuse answers that were changed since the study was made: its scores are known by now."""
+    if answers_hash(read_questionnaire(questionnaire)) != made_with:
         msg = (
-            f"{folder / changed[0]}.parquet is not the table that result.json was made with; delete {folder} and run "
-            "the study again, it only aggregates"
+            f"{questionnaire} holds other rows than when the result was made: restore it, or run the study again with "
+            "this one; it trains only what the labels of the folds change"
         )
         raise UnsealError(msg)
 
 
-def _split_of(result: StudyResult, paths: RunPaths) -> Split:
-    """Open the split that a result was made with; none is ever drawn here."""
-    split = find_split(paths.splits, result.hashes["split"])
-    if split is None or holdout_commitment(split.table) != result.holdout_commitment:
-        msg = (
-            f"no split under {paths.splits} is the one that the result was made with "
-            f"({result.hashes['split'][:16]}); give the paths.runs that it was made in, or restore the split"
-        )
-        raise UnsealError(msg)
-    if not (split.table["fold"] == HOLDOUT).any():
-        msg = "the study sealed no hold-out (split.holdout_fraction is 0): there is nothing to open"
-        raise UnsealError(msg)
-    return split
-
-
-def _sealed_labels(questionnaire: Path, studies: pd.Series[str]) -> pd.Series[int]:
-    labels = label_exams(read_questionnaire(questionnaire)).set_index("study_id")["label"].reindex(studies)
+def _sealed_labels(config: StudyConfig, studies: pd.Series[str]) -> pd.Series[int]:
+    """Read the labels of the sealed exams, under the rules that the result's cohort was labelled by."""
+    rows = read_questionnaire(config.paths.questionnaire)
+    exams = label_exams(rows, strict_gt30=config.cohort.strict_gt30)
+    labels = exams.set_index("study_id")["label"].reindex(studies)
     absent = labels.index[labels.isna()]
     if len(absent):
         msg = (
-            f"{questionnaire} labels {len(labels) - len(absent)} of {len(labels)} sealed exams, all are required, e.g. "
-            f"study {absent[0]}; give the questionnaire that the study was sealed with"
+            f"{config.paths.questionnaire} labels {len(labels) - len(absent)} of {len(labels)} sealed exams, all are "
+            f"required, e.g. study {absent[0]}; give the questionnaire that the study was sealed with"
         )
         raise UnsealError(msg)
     return labels.astype(int)
 
 
-def _unused(folder: Path, *, line: int) -> Path:
-    """Return where an opening is told; what an earlier one told is never overwritten."""
-    path = folder / f"unsealed-{line:02d}.json"
-    if path.exists():
-        msg = f"{path} exists, but the ledger holds {line - 1} line(s): some were taken out; restore it from a backup"
-        raise UnsealError(msg)
-    return path
-
-
-def holdout_scores(predictions: pd.DataFrame, config: StudyConfig) -> pd.DataFrame:
-    """Average the study scores of all fold models and seeds; labels are not needed.
+def holdout_scores(predictions: pd.DataFrame, config: StudyConfig, labels: pd.Series[int]) -> pd.DataFrame:
+    """Score the hold-out's studies by each network; refuse a table with gaps.
 
     Parameters
     ----------
     predictions
-        ``holdout.parquet``: one row per slice and model.
+        ``holdout.parquet``: one row per slice and network.
     config
-        The study, which says how many models are due.
+        The study, which says how many networks are due.
+    labels
+        Label of each sealed study.
 
     Returns
     -------
     pandas.DataFrame
-        ``num_slices``, ``study_id``, ``score``.
+        The same rows with ``study_probability`` and ``label``.
 
     Raises
     ------
     UnsealError
-        If a study is not predicted by every fold model of every seed, or a probability is missing.
+        If a study is not predicted, slice by slice, by every fold model of every seed, a study is not sealed, or those
+        with a crop are of one class.
     """
-    keys = ["num_slices", "seed", "fold", "study_id"]
-    rule: StudyRule = config.recipe.study_rule
-    studies = predictions.groupby(keys, as_index=False)["probability"].agg(rule)
-    due = config.split.folds * len(config.seeds)
-    models = studies.groupby(["num_slices", "study_id"])["probability"].agg(["size", "count"])
-    counts = set(predictions["num_slices"])
-    if counts != set(config.slice_counts) or (models != due).to_numpy().any():
-        worst = int(models["count"].min()) if len(models) else 0
+    _require_all_models(predictions, config)
+    known = labels.reindex(predictions["study_id"].unique())
+    if known.isna().any() or known.nunique() < 2:
         msg = (
-            f"every hold-out study must be predicted by {due} models of each of {list(config.slice_counts)} slices, "
-            f"found {worst} for one and slice counts {sorted(counts)}; run the study to its end first"
+            f"the hold-out's predictions must be of sealed studies of both classes, {int(known.isna().sum())} are not "
+            "sealed; a hold-out that lost a class to exams without crops cannot be judged: review those, or seal a "
+            "larger one"
         )
         raise UnsealError(msg)
-    mean: pd.DataFrame = studies.groupby(["num_slices", "study_id"], as_index=False)["probability"].mean()
-    return mean.rename(columns={"probability": "score"})
+    return with_study_scores(predictions, config.recipe).assign(label=lambda rows: rows["study_id"].map(labels))
 
 
-def _judge(rows: pd.DataFrame, outside: pd.DataFrame, evaluation: EvaluationConfig) -> HoldoutResult:
-    """Judge the hold-out by one slice count; `outside` holds the same count's rows of the out-of-fold table."""
-    mean = (
-        outside.drop_duplicates(["seed", "study_id"])
-        .groupby("study_id")
-        .agg(score=("study_probability", "mean"), label=("label", "first"))
-    )
-    threshold = youden_threshold(mean["label"].to_numpy(dtype=int), mean["score"].to_numpy())
-    truth, scores = rows["label"].to_numpy(dtype=int), rows["score"].to_numpy()
-    patients = rows["patient_id"].to_numpy()
-    decisions = (scores >= threshold).astype(int)
-    weights = patient_resamples(patients, truth, resamples=evaluation.bootstrap_resamples, seed=evaluation.seed)
-    resampled = resampled_metrics(truth, scores, decisions, weights)
-    level = evaluation.interval_level
-    found = all_metrics(truth, scores, decisions)
-    bounds = {name: percentile_interval(resampled[name], level) for name in METRIC_NAMES}
-    bounds["roc_auc"] = area_interval(compare_areas(truth, scores[None], patients), 0, level=level)
-    method = f"percentile bootstrap over patients, {evaluation.bootstrap_resamples} resamples"
-    methods = dict.fromkeys(METRIC_NAMES, method) | {"roc_auc": "DeLong over patients, on the logit scale"}
+def _require_all_models(predictions: pd.DataFrame, config: StudyConfig) -> None:
+    due = set(product(range(config.split.folds), config.seeds))
+    counts = sorted(set(predictions["num_slices"]))
+    keys = ["num_slices", "study_id", *MODEL]
+    found = predictions.groupby(keys, as_index=False)["probability"].agg(["size", "count"])
+    is_whole = found["size"].eq(found["num_slices"]) & found["count"].eq(found["num_slices"])
+    is_due = pd.Series([model in due for model in zip(found["fold"], found["seed"], strict=True)], dtype=bool)
+    models = (is_whole & is_due).groupby([found["num_slices"], found["study_id"]]).sum()
+    if counts != sorted(config.slice_counts) or (models != len(due)).any() or not (is_whole & is_due).all():
+        msg = (
+            f"every hold-out study must be predicted by {len(due)} models of each of {list(config.slice_counts)} "
+            f"slices, found {int(models.min()) if len(models) else 0} for one and slice counts {counts}; run the study "
+            "to its end first"
+        )
+        raise UnsealError(msg)
+
+
+def _judge_count(
+    scores: pd.DataFrame,
+    threshold: float,
+    thresholds: pd.Series[float],
+    *,
+    patient_of: Mapping[str, str],
+    evaluation: EvaluationConfig,
+) -> HoldoutResult:
+    """Judge the hold-out by one slice count: all networks, and each fold's alone, at their thresholds."""
+    level, column = evaluation.level, THRESHOLD_OF[evaluation.level]
+    averaged = judge(model_means(scores).assign(**{column: threshold}), patient_of, level)
+    own = scores.join(thresholds, on=MODEL)
+    single = {model: judge(rows, patient_of, level) for model, rows in own.groupby(MODEL, sort=True)}
+    choices = []
+    for fold in sorted(set(own["fold"])):
+        rows, mean = own[own["fold"] == fold], float(thresholds[thresholds.index.isin([fold], level="fold")].mean())
+        of_fold = judge(model_means(rows).assign(**{column: mean}), patient_of, level)
+        seeds = [judged for model, judged in single.items() if model[0] == fold]
+        choices.append(
+            HoldoutChoice(
+                fold=int(fold),
+                threshold=mean,
+                confusion=of_fold.confusion,
+                metrics=the_eight(summarise(of_fold, seeds, None)),
+            )
+        )
+    summaries = summarise(averaged, list(single.values()), evaluation)
+    studies = scores.drop_duplicates("study_id")
     return HoldoutResult(
-        num_slices=int(rows["num_slices"].iloc[0]),
-        num_studies=len(rows),
-        num_positive=int(truth.sum()),
+        num_slices=int(scores["num_slices"].iloc[0]),
+        num_studies=len(studies),
+        num_positive=int(studies["label"].sum()),
         threshold=threshold,
-        metrics={
-            name: Interval(estimate=found[name], low=low, high=high, level=level, method=methods[name])
-            for name, (low, high) in bounds.items()
-        },
+        threshold_source="out_of_fold" if evaluation.ensemble_threshold == "refit" else "mean_of_models",
+        confusion=averaged.confusion,
+        metrics=the_eight(summaries),
+        accuracy=summaries["accuracy"],
+        roc=averaged.roc,
+        precision_recall=averaged.precision_recall,
+        choices=tuple(choices),
     )
 
 
@@ -268,16 +276,37 @@ def describe(told: Unsealed) -> str:
     if told.num_lost:
         lines.append(f"{told.num_lost} sealed studies have no crop and are not judged.")
     for part in told.slice_counts:
-        lines.append(f"\n{part.num_slices} slice(s): {part.num_studies} studies, {part.num_positive} symptomatic")
-        lines += [
-            f"  {name:<18} {value.estimate:5.2f} [{value.low:.2f}, {value.high:.2f}]"
-            for name, value in part.metrics.items()
-        ]
+        lines += ["", *_count_lines(part)]
+    lines += [
+        "",
+        "mean of all fold models and seeds [interval over patients, conditional on the trained models]; models: mean "
+        "± SD of each network alone, at its own threshold; folds: lowest and highest of one fold's seeds alone. To "
+        "choose one of the folds by these figures would be optimistic: all are told, none is taken.",
+    ]
     return "\n".join(lines)
 
 
+def _count_lines(part: HoldoutResult) -> Iterable[str]:
+    counts = part.confusion
+    yield (
+        f"{part.num_slices} slice(s): {part.num_studies} studies, {part.num_positive} symptomatic; "
+        f"TP {counts.tp}, FP {counts.fp}, FN {counts.fn}, TN {counts.tn} at {part.threshold:.3f} "
+        f"({part.threshold_source})"
+    )
+    for place, value in enumerate(part.metrics):
+        folds = [choice.metrics[place].estimate for choice in part.choices]
+        yield f"{_metric_line(value)}  folds {min(folds):5.2f} to {max(folds):.2f}"
+    yield _metric_line(part.accuracy)
+
+
+def _metric_line(value: MetricSummary) -> str:
+    interval = "" if value.interval is None else f"[{value.interval.low:.2f}, {value.interval.high:.2f}]"
+    spread = "" if value.sd is None else f" ± {value.sd:.2f}"
+    return f"  {value.name:<18} {value.estimate:5.2f} {interval:<13} models {value.mean:5.2f}{spread}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the command line, open the hold-out and return the exit status."""
+    """Parse the command line, open the hold-out, render the report again and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lbp_ray.unseal", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML file of the study, e.g. configs/oulu.yaml")
     parser.add_argument("--result", type=Path, required=True, help="folder of the finished result")
@@ -286,11 +315,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parsed = parser.parse_args(arguments)
     try:
-        told = unseal(load_config(StudyConfig, parsed.config, parsed.overrides), parsed.result)
+        config = load_config(StudyConfig, parsed.config, parsed.overrides)
+        sys.stdout.write(describe(unseal(config, parsed.result)) + "\n")
+        page = render_result(parsed.result, Finished.open(config, parsed.result).crops_folder)
     except (ValueError, FileNotFoundError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(describe(told) + "\n")
+    sys.stdout.write(f"\nreport: {page}\n")
     return 0
 
 

@@ -93,4 +93,6 @@ def commit_trial(spec, folder, study):
         rows.assign(probability=chance.random(len(rows))).to_parquet(folder / f"{name}.parquet")
     losses = dict.fromkeys(("train_loss", "validation_loss", "validation_auc"), 0.5)
     pd.DataFrame([{"epoch": 1, "stage": "frozen", **losses}]).to_parquet(folder / "history.parquet")
-    (folder / "trial.json").write_text(json.dumps({"trial_id": spec.trial_id, "environment": {"torch": "2"}}))
+    (folder / "trial.json").write_text(
+        json.dumps({"trial_id": spec.trial_id, "epochs": [1], "environment": {"torch": "2"}})
+    )

@@ -28,10 +28,11 @@ from lbp_ray.phantom.config import PhantomConfig
 from lbp_ray.phantom.exam import simulate_exam
 from lbp_ray.phantom.tissue import T2
 from lbp_ray.phantom.write import plan_cohort
+from lbp_ray.resident import Resident
 from lbp_ray.roi.crops import place_box
 from lbp_ray.splits import HOLDOUT, make_split
 from lbp_ray.study import StudyConfig
-from lbp_ray.training import Resident, Training
+from lbp_ray.training import Training
 
 pytestmark = pytest.mark.slow
 

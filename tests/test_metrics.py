@@ -77,12 +77,12 @@ def test_bootstrap_interval_narrows_with_patients_not_with_slices():
 
 def test_youden_prefers_specificity_on_ties():
     labels, scores = np.array([0, 1, 0, 1]), np.array([0.1, 0.2, 0.3, 0.4])
-    assert metrics.youden_threshold(labels, scores) == 0.4
+    assert metrics.fit_threshold(labels, scores) == 0.4
 
 
 def test_youden_on_reversed_scores_calls_nothing_positive():
     labels, scores = np.array([1, 0]), np.array([0.1, 0.9])
-    assert (scores >= metrics.youden_threshold(labels, scores)).sum() == 0
+    assert (scores >= metrics.fit_threshold(labels, scores)).sum() == 0
 
 
 def test_threshold_of_a_fold_ignores_its_own_scores(scored):
@@ -94,10 +94,62 @@ def test_threshold_of_a_fold_ignores_its_own_scores(scored):
     assert before[0] == after[0]
 
 
-def test_study_rules():
-    studies, scores = np.array(["b", "a", "b"]), np.array([0.1, 0.3, 0.5])
-    assert metrics.study_scores(studies, scores, rule="max")[1].tolist() == [0.3, 0.5]
-    assert metrics.study_scores(studies, scores, rule="mean")[1].tolist() == [0.3, 0.3]
+RULES = {"any": [0.6, 0.3], "mean": [0.3, 0.3], "top_k": [0.4, 0.3], "noisy_or": [1 - 0.4 * 0.8 * 0.9, 0.3]}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_study_rules(rule):
+    studies = np.array(["b", "c", "b", "b"])
+    found = metrics.study_scores(studies, np.array([0.1, 0.3, 0.6, 0.2]), rule=rule, k=2)
+    assert found[0].tolist() == ["b", "c"]
+    assert found[1] == pytest.approx(RULES[rule])
+
+
+MERITS = {
+    "youden": lambda recall, specificity, *_: recall + specificity,
+    "closest": lambda recall, specificity, *_: -((1 - recall) ** 2 + (1 - specificity) ** 2),
+    "g_mean": lambda recall, specificity, *_: recall * specificity,
+    "max_mcc": lambda _r, _s, _n, mcc: mcc,
+    "sensitivity": lambda recall, *_: recall >= 0.8,
+    "npv": lambda _r, _s, npv, _m: npv >= 0.8,
+}
+"""Criterion → what it makes as large as possible; of equals the highest threshold is due."""
+
+
+@pytest.mark.parametrize("criterion", MERITS)
+def test_threshold_criteria_take_the_best_of_all_cuts(criterion):
+    generator = np.random.default_rng(5)
+    for _ in range(20):
+        labels = np.append(generator.integers(0, 2, 28), [0, 1])
+        scores = np.round(generator.random(30) + 0.4 * labels, 1)
+        cuts = sorted({*scores, scores.max() + 1.0}, reverse=True)
+        merits = []
+        for cut in cuts:
+            found = metrics.threshold_metrics(metrics.confusion(labels, (scores >= cut).astype(int)))
+            parts = [float(found[name][0]) for name in ("recall", "specificity", "npv", "mcc")]
+            merits.append(round(float(MERITS[criterion](*parts)), 9))
+        target = 0.8 if criterion in ("sensitivity", "npv") else None
+        expected = cuts[int(np.argmax(merits))]
+        assert metrics.fit_threshold(labels, scores, criterion=criterion, target=target) == pytest.approx(expected)
+
+
+def test_unreachable_target_is_refused():
+    with pytest.raises(metrics.MetricError, match=r"no threshold reaches npv 0\.9"):
+        metrics.fit_threshold(np.array([1, 1, 0]), np.array([0.1, 0.2, 0.3]), criterion="npv", target=0.9)
+
+
+def test_same_fold_thresholds_use_nothing_else(scored):
+    labels, scores = scored
+    folds = np.arange(60) % 3
+    changed = np.where(folds == 0, scores, 1.0 - scores)
+    assert (
+        metrics.same_fold_thresholds(labels, scores, folds)[0]
+        == metrics.same_fold_thresholds(labels, changed, folds)[0]
+    )
+
+
+def test_separation_is_the_difference_of_mean_probabilities():
+    assert metrics.separation(np.array([0, 1, 1]), np.array([0.2, 0.5, 0.7])) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(

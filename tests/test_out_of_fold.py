@@ -14,8 +14,13 @@ from lbp_ray.out_of_fold import (
     check_environments,
     collect,
     collect_holdout,
+    fold_thresholds,
+    seed_means,
 )
 from lbp_ray.splits import Split
+from lbp_ray.study import EvaluationConfig
+
+HONEST = EvaluationConfig()
 
 FOLD_OF = {"a": 0, "b": 0, "c": 1, "d": 1, "h": -1}
 LABEL_OF = {"a": 0, "b": 1, "c": 0, "d": 1, "h": pd.NA}
@@ -48,7 +53,7 @@ def study(tmp_path):
         ]
         pd.DataFrame(rows).to_parquet(folder / "out_of_fold.parquet")
         pd.DataFrame(rows).assign(study_id="h").to_parquet(folder / "holdout.parquet")
-        record = {"trial_id": spec.trial_id, "environment": {"torch": "2", "device": "cpu"}}
+        record = {"trial_id": spec.trial_id, "epochs": [4], "environment": {"torch": "2", "device": "cpu"}}
         (folder / "trial.json").write_text(json.dumps(record))
     return specs, folders
 
@@ -59,25 +64,60 @@ def edit(folder, change):
 
 
 def test_complete_study_gives_one_row_per_slice(study, split):
-    table = collect(*study, split)
+    table = collect(*study, split, HONEST)
     assert tuple(table.columns) == OUT_OF_FOLD_COLUMNS
     assert len(table) == 2 * (4 * 1 + 4 * 3)
     assert set(table["study_id"]) == set("abcd")
     assert (table["threshold_source"] == "cross_fitted").all()
     assert (table["selection"] == "fixed_epochs").all()
+    assert (table["epoch"] == 4).all()
     assert table["threshold"].notna().all()
 
 
 def test_threshold_comes_from_the_other_fold(study, split):
-    table = collect(*study, split)
+    table = collect(*study, split, HONEST)
     one = table[(table["num_slices"] == 1) & (table["seed"] == 0)].set_index("study_id")
     assert one.loc["a", "threshold"] == one.loc["d", "study_probability"]
     assert one.loc["c", "threshold"] == one.loc["b", "study_probability"]
 
 
+def test_same_fold_thresholds_come_from_the_fold_itself_and_say_so(study, split):
+    literal = EvaluationConfig(threshold_source="same_fold")
+    table = collect(*study, split, literal)
+    one = table[(table["num_slices"] == 1) & (table["seed"] == 0)].set_index("study_id")
+    assert one.loc["a", "threshold"] == one.loc["b", "study_probability"]
+    assert (one["threshold_source"] == "same_fold").all()
+
+
+def test_slice_level_thresholds_are_fitted_on_slices():
+    slices = pd.DataFrame(
+        {
+            "study_id": ["a", "a", "b", "b", "c", "c", "d", "d"],
+            "fold": [0] * 4 + [1] * 4,
+            "label": [0, 0, 1, 1] * 2,
+            "probability": [0.1, 0.4, 0.5, 0.6] * 2,
+            "study_probability": [0.4, 0.4, 0.6, 0.6] * 2,
+        }
+    )
+    assert fold_thresholds(slices, HONEST, "study") == {0: 0.6, 1: 0.6}
+    assert fold_thresholds(slices, HONEST, "slice") == {0: 0.5, 1: 0.5}
+    assert fold_thresholds(slices, EvaluationConfig(threshold_level="slice"), "study") == {0: 0.5, 1: 0.5}
+
+
+def test_ensemble_threshold_is_refitted_or_the_mean_of_the_seeds(study, split):
+    specs, folders = study
+    edit(folders[1], lambda table: table.assign(probability=[0.3, 0.9]))  # k1, fold 0, seed 1: studies a and b
+    table = collect(specs, folders, split, HONEST).query("num_slices == 1")
+    refit = seed_means(table, HONEST).set_index("study_id")
+    assert refit["study_probability"].round(3).to_dict() == {"a": 0.2, "b": 0.55, "c": 0.3, "d": 0.4}
+    assert refit.loc["c", "threshold"] == pytest.approx(0.55)
+    mean = seed_means(table, EvaluationConfig(ensemble_threshold="mean_of_seeds")).set_index("study_id")
+    assert mean.loc["c", "threshold"] == pytest.approx((0.2 + 0.9) / 2)
+
+
 def test_study_score_is_the_rule_over_its_slices(study, split):
     edit(study[1][4], lambda table: table.assign(probability=np.linspace(0, 1, len(table))))
-    table = collect(*study, split)
+    table = collect(*study, split, HONEST)
     rows = table[(table["num_slices"] == 3) & (table["seed"] == 0) & (table["study_id"] == "a")]
     assert (rows["study_probability"] == rows["probability"].max()).all()
 
@@ -88,7 +128,7 @@ def test_missing_trial_is_named(study, split):
     with pytest.raises(
         IncompleteStudyError, match=r"1 of 8 trial\(s\) are missing, e.g. k1-fold01-seed0.*run the study again"
     ):
-        collect(specs, folders, split)
+        collect(specs, folders, split, HONEST)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +146,7 @@ def test_missing_trial_is_named(study, split):
 def test_spoilt_tables_are_refused(study, split, change, match):
     edit(study[1][0], change)
     with pytest.raises(IncompleteStudyError, match=match):
-        collect(*study, split)
+        collect(*study, split, HONEST)
 
 
 def test_trial_of_another_recipe_is_refused(study, split):
@@ -114,7 +154,7 @@ def test_trial_of_another_recipe_is_refused(study, split):
     record = json.loads((folders[0] / "trial.json").read_text()) | {"trial_id": "other"}
     (folders[0] / "trial.json").write_text(json.dumps(record))
     with pytest.raises(IncompleteStudyError, match="holds trial other"):
-        collect(specs, folders, split)
+        collect(specs, folders, split, HONEST)
 
 
 def test_mixed_environments_are_refused_unless_told(study):
@@ -132,10 +172,10 @@ def test_exams_without_a_crop_are_not_due(study, split):
     uncropped = pd.DataFrame({"study_id": ["e"], "patient_id": ["u"], "fold": [1], "label": pd.array([0], "Int64")})
     sealed = replace(split, table=pd.concat([split.table, uncropped], ignore_index=True))
     with pytest.raises(IncompleteStudyError, match="4 slices, 5 are due"):
-        collect(*study, sealed)
+        collect(*study, sealed, HONEST)
     analysed = sealed.of_studies(split.table["study_id"])
     assert analysed.split_hash == sealed.split_hash
-    assert set(collect(*study, analysed)["study_id"]) == set("abcd")
+    assert set(collect(*study, analysed, HONEST)["study_id"]) == set("abcd")
 
 
 def test_holdout_table_has_no_label_and_one_row_per_model(study):

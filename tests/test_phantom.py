@@ -35,7 +35,7 @@ from lbp_ray.phantom.cohort import (
 )
 from lbp_ray.phantom.column import DISC_CODE
 from lbp_ray.phantom.exam import Imaging, union_centroid
-from lbp_ray.phantom.histories import draw_questionnaire
+from lbp_ray.phantom.histories import DISPOSITIONS, answer, draw_histories, draw_questionnaire, latent_group, pain_year
 from lbp_ray.phantom.tissue import T1, T2, T2_FAT_SUPPRESSED, TISSUES, signal
 from lbp_ray.phantom.write import plan_cohort
 
@@ -190,7 +190,7 @@ def test_rectangles_agree_with_truth_also_on_flipped_images(tiny):
     truth = pd.read_csv(tiny / "truth.csv").set_index("SOPInstanceUID")
     images = ElementTree.parse(tiny / "annotations.xml").findall("image")
     assert truth["flipped_columns"].nunique() == 2
-    assert len(images) == 24
+    assert len(images) == 28  # of the task 24, outside it 4
     for image in images:
         boxes = {box.get("label"): [float(box.get(k)) for k in ("xtl", "ytl", "xbr", "ybr")] for box in image}
         assert tuple(boxes) == DISC_LEVELS
@@ -243,6 +243,41 @@ def test_oulu_questionnaires_give_table_3():
     answers = draw_questionnaire(groups, np.random.default_rng(0)).astype(float)
     assert classify(answers).tolist() == groups
     assert len(answers.drop_duplicates()) > 60
+
+
+def history(*episodes):
+    """One person's (start, end, intensity) episodes."""
+    return pain_year(*(np.array([values], float) for values in zip(*episodes, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("episodes", "group"),
+    [
+        ([(-31, 0, 6)], "symptomatic"),
+        ([(-30, 0, 6)], "other"),
+        ([(-100, -69, 6)], "symptomatic_asymptomatic"),
+        ([(-100, -80, 9), (-40, -20, 2)], "symptomatic_asymptomatic"),
+        ([(-400, -380, 2)], "other"),
+        ([(-7, 0, 3)], "asymptomatic"),
+        ([(-8, 0, 3)], "slightly_symptomatic"),
+        ([(-900, -890, 9), (-3, 0, 2)], "slightly_symptomatic"),
+        ([(-300, 0, 5)], "slightly_symptomatic"),
+        ([(-20, 0, 6)], "other"),
+    ],
+)
+def test_people_are_what_their_histories_say(episodes, group):
+    assert latent_group(history(*episodes)).tolist() == [group]
+
+
+def test_rules_find_the_truth_behind_answers_that_nobody_chose():
+    """Not one history is rejected: what the rules make of everybody's answers is what everybody is."""
+    met = set()
+    for number, disposition in enumerate(DISPOSITIONS):
+        year = pain_year(*draw_histories(disposition, 3000, np.random.default_rng(number)))
+        truth = pd.Series(latent_group(year)).replace("other", "unclassified")
+        assert (classify(answer(year)).to_numpy() == truth.to_numpy()).all()
+        met |= set(truth)
+    assert met == {*DISPOSITIONS, "unclassified"} - {"not_enough_data"}
 
 
 def test_exam_counts_and_grades_of_a_patient_are_shared(tmp_path, monkeypatch):

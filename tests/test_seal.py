@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from cohort_factory import NUM_EXAMS, TEMPLATES, choose_middle, make_cohort, prepared, sealed_exams, study_config
+from sklearn.metrics import roc_auc_score
 from store_factory import pseudonym
 
 from lbp_ray.prepare import seal
@@ -53,7 +54,7 @@ def test_nothing_else_is_made_and_no_crop_is_needed(data, tmp_path):
 
 def test_command_explains_what_it_cannot_do(data, tmp_path, capsys):
     assert main(["--config", str(config_file(data, tmp_path)), "split.folds=9"]) == 2
-    assert capsys.readouterr().err.startswith("error: 9 folds and a hold-out need at least 10 patients of each class")
+    assert capsys.readouterr().err.startswith("error: 9 folds and a hold-out need at least 11 patients of each class")
 
 
 def test_a_study_finds_the_split_that_was_sealed(data, tmp_path, monkeypatch):
@@ -77,9 +78,9 @@ def test_command_says_where_exams_were_opened_before(data, tmp_path, capsys):
     path = config_file(data, tmp_path)
     split = seal(study_config(data, tmp_path)).split
     sealed = split.table.loc[split.table["fold"] == HOLDOUT, "study_id"].tolist()
-    record_opening(tmp_path / "small" / LEDGER, result_hash="r", split_hash="other", studies=sealed[1:])
+    record_opening(tmp_path / LEDGER, study="small", result_hash="r", split_hash="other", studies=sealed[1:])
     assert main(["--config", str(path)]) == 0
-    assert "\n3 sealed exam(s) were opened before, in the hold-out of another split" in capsys.readouterr().out
+    assert "\n3 sealed exam(s) were opened before, for another study or in another split" in capsys.readouterr().out
 
 
 def test_the_split_is_drawn_whatever_can_be_cropped(tmp_path, monkeypatch):
@@ -108,3 +109,55 @@ def test_exams_without_a_middle_slice_are_in_no_split(data, tmp_path):
     split = seal(config.model_copy(update={"paths": paths})).split
     assert set(split.table["study_id"]) == set(table["study_id"][3:])
     assert (split.table["fold"] == HOLDOUT).sum() == len(sealed_exams(split)) == 4
+
+
+# --- no sealed label in any file -------------------------------------------------------------------------------------
+
+
+def tables_below(root):
+    """Every table of a run and its path."""
+    readers = {".parquet": pd.read_parquet, ".csv": pd.read_csv}
+    for path in sorted(root.rglob("*.*")):
+        if path.suffix in readers and path.stat().st_size > 1:
+            yield path, readers[path.suffix](path)
+
+
+def told_by(values, labels):
+    """Whether a column separates the labels, or some of its values occur twice and each with one label only."""
+    known = pd.DataFrame({"value": values.to_numpy(), "label": labels.to_numpy()}).dropna()
+    if len(known) < 4:
+        return False
+    groups = known.groupby(known["value"].astype(str))["label"]
+    if groups.nunique().max() == 1 and groups.ngroups < len(known):
+        return True
+    numbers = pd.to_numeric(known["value"], errors="coerce")
+    return bool(numbers.notna().all()) and roc_auc_score(known["label"], numbers) in (0, 1)
+
+
+def test_no_table_of_a_run_tells_a_sealed_label(data, tmp_path, monkeypatch):
+    """Half of the cohort is sealed, so that no column separates its labels by chance."""
+    monkeypatch.setattr("lbp_ray.prepare.load_backbone_weights", lambda *_, **__: {"weight": torch.zeros(1)})
+    study = prepared(data, tmp_path, split={"folds": 2, "holdout_fraction": 0.49})
+    labels = pd.read_csv(data / "questionnaire.csv").set_index("study_id")["pain_now"]
+    sealed = study.split.table.loc[study.split.table["fold"] == HOLDOUT, "study_id"]
+    assert labels[sealed].value_counts().tolist() == [4, 4]
+    read, told = [], []
+    for path, table in tables_below(tmp_path):
+        if "study_id" in table:
+            rows = table[table["study_id"].isin(sealed)]
+            read += [path.name] if len(rows) else []
+            told += [(path.name, name) for name in rows if told_by(rows[name], labels[rows["study_id"]])]
+    assert {"split.parquet", "crops.parquet"} <= set(read)
+    assert told == []
+    assert {path.name for path in tmp_path.rglob("*.np[yz]")} == {"crops.npy"}  # pixels alone
+    planted = study.split.table.assign(label=labels[study.split.table["study_id"]].to_numpy())
+    rows = planted[planted["fold"] == HOLDOUT]
+    assert told_by(rows["label"], labels[rows["study_id"]])
+
+
+def test_no_text_of_a_run_speaks_of_a_sealed_exam_and_none_is_the_questionnaire(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("lbp_ray.prepare.load_backbone_weights", lambda *_, **__: {"weight": torch.zeros(1)})
+    sealed = [pseudonym("s", number) for number in sealed_exams(prepared(data, tmp_path).split)]
+    texts = [path for path in tmp_path.rglob("*.*") if path.suffix in (".json", ".jsonl", ".html", ".csv", ".txt")]
+    assert {path.name for path in texts} >= {"split.json", "crops.json"}
+    assert not any(study in path.read_text() for path in texts for study in sealed)

@@ -1,22 +1,32 @@
 from __future__ import annotations
 
+import json
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
-from cohort_factory import make_cohort, prepared, sealed_exams
+from cohort_factory import make_cohort, prepared, sealed_exams, study_config
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
 from store_factory import pseudonym
 
-from lbp_ray.prepare import find_midsagittal_artefact
+from lbp_ray.cohort import label_exams
+from lbp_ray.phantom.exam import ExamSpec, Imaging, simulate_exam
+from lbp_ray.phantom.tissue import T2
+from lbp_ray.prepare import find_midsagittal_artefact, seal
 from lbp_ray.runs import RunError
 from lbp_ray.splits import (
     HOLDOUT,
     Opening,
+    Split,
     SplitError,
     check_split,
     holdout_commitment,
     make_split,
     opening_number,
     split_hash,
+    training_labels,
 )
 from preprocess.mapper import map_here
 from preprocess.midsagittal.choose import choose_for_store
@@ -33,20 +43,78 @@ def cohort(seed, patients=120, share=0.3):
     )
 
 
-@pytest.mark.parametrize("seed", range(100))
-def test_folds_are_balanced_by_patient_and_never_share_one(seed):
-    exams = cohort(seed)
-    split = make_split(exams, folds=10, holdout_fraction=0.1, seed=seed)
-    joined = split.merge(exams[["study_id", "label"]], on="study_id")
-    patients = joined.groupby("patient_id").agg(
-        fold=("fold", "first"), label=("label", "max"), folds=("fold", "nunique")
+def patients_of(exams, split):
+    """One row per patient: fold, label, number of folds, number of exams."""
+    rows = split.merge(exams[["study_id", "label"]], on="study_id").groupby("patient_id")
+    return rows.agg(
+        fold=("fold", "first"), label=("label", "max"), folds=("fold", "nunique"), exams=("study_id", "size")
     )
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_folds_are_balanced_by_patient_and_never_share_one(seed):
+    exams = cohort(seed, patients=100 + seed, share=0.2 + seed / 1000)
+    split = make_split(exams, folds=10, holdout_fraction=0.1, seed=seed)
+    assert split["study_id"].tolist() == exams["study_id"].tolist()
+    patients = patients_of(exams, split)
     assert (patients["folds"] == 1).all()
-    inside = patients[patients["fold"] != HOLDOUT].groupby("fold")["label"].agg(["sum", "size"])
-    assert np.ptp(inside["sum"]) <= 1
-    assert np.ptp(inside["size"]) <= 2
-    assert (patients["fold"] == HOLDOUT).sum() == 12
-    assert len(joined) == len(exams)
+    inside = patients[patients["fold"] != HOLDOUT].groupby("fold").agg({"label": ["sum", "size"], "exams": "sum"})
+    assert np.ptp(inside["label", "sum"]) <= 1
+    assert np.ptp(inside["label", "size"]) <= 2
+    assert np.ptp(inside["exams", "sum"]) <= 5
+    sealed = patients[patients["fold"] == HOLDOUT]
+    assert len(sealed) == math.ceil((100 + seed) / 10)
+    assert abs(sealed["label"].sum() - len(sealed) * patients["label"].mean()) <= 0.5
+
+
+def test_a_patient_is_positive_by_any_exam():
+    exams = pd.DataFrame(
+        {"study_id": [f"s{row:03d}" for row in range(80)], "patient_id": [f"p{row // 2:02d}" for row in range(80)]}
+    )
+    exams["label"] = [int(row % 8 == 0) for row in range(80)]  # one exam of every fourth patient
+    patients = patients_of(exams, make_split(exams, folds=5, holdout_fraction=0, seed=0))
+    assert patients.groupby("fold")["label"].sum().tolist() == [2] * 5
+
+
+def test_many_patients_are_split_at_once():
+    exams = cohort(0, patients=200_000)
+    patients = patients_of(exams, make_split(exams, folds=10, holdout_fraction=0.1, seed=0))
+    inside = patients[patients["fold"] != HOLDOUT].groupby("fold").agg({"label": ["sum", "size"], "exams": "sum"})
+    assert np.ptp(inside, axis=0).max() <= 5
+
+
+@pytest.fixture(scope="module")
+def phantom_slices():
+    """Standardised pixels of 30 synthetic patients' slices, shape (30, 5, pixels)."""
+    imaging = Imaging(matrix=32, slices=(5, 5), mid_shift=0)
+    exams = [simulate_exam(ExamSpec(patient_seed=(row,), exam_seed=(row,)), imaging, (T2,)) for row in range(30)]
+    pixels = np.stack([exam.volumes[T2.name] for exam in exams]).reshape(30, 5, -1).astype(float)
+    return (pixels - pixels.mean(axis=2, keepdims=True)) / pixels.std(axis=2, keepdims=True)
+
+
+def nearest_neighbour_auc(slices, labels, folds):
+    """Score each slice by the nearest slices of the other folds."""
+    scores = np.empty(len(slices))
+    for fold in range(5):
+        model = KNeighborsClassifier(3, weights="distance").fit(slices[folds != fold], labels[folds != fold])
+        scores[folds == fold] = model.predict_proba(slices[folds == fold])[:, 1]
+    return roc_auc_score(labels, scores)
+
+
+def test_slices_of_one_patient_in_two_folds_fake_a_score_that_patient_folds_do_not(phantom_slices):
+    """Labels are drawn at random: nothing can be learnt but whose slice it is."""
+    slices = phantom_slices.reshape(150, -1)
+    by_slice, by_patient = [], []
+    for seed in range(10):
+        labels = np.random.default_rng(seed).permutation(np.arange(30) % 2)
+        names = [f"{row:02d}" for row in range(30)]
+        exams = pd.DataFrame({"study_id": names, "patient_id": names, "label": labels})
+        folds = np.repeat(make_split(exams, folds=5, holdout_fraction=0, seed=seed)["fold"].to_numpy(), 5)
+        by_patient.append(nearest_neighbour_auc(slices, np.repeat(labels, 5), folds))
+        mixed = np.random.default_rng(seed).permutation(np.arange(150) % 5)
+        by_slice.append(nearest_neighbour_auc(slices, np.repeat(labels, 5), mixed))
+    assert np.min(by_slice) > 0.95
+    assert abs(np.mean(by_patient) - 0.5) < 0.1
 
 
 def test_holdout_can_be_left_out():
@@ -79,6 +147,26 @@ def test_too_few_patients_are_refused():
         make_split(cohort(0, patients=20), folds=10, holdout_fraction=0.1, seed=0)
 
 
+def test_folds_that_would_lack_a_class_are_refused():
+    """11 positive patients: one is due in a hold-out of a tenth, two in one of a fifth."""
+    exams = pd.DataFrame({"study_id": [f"s{row:03d}" for row in range(110)]}).assign(
+        patient_id=lambda rows: rows["study_id"]
+    )
+    exams["label"] = (np.arange(110) < 11).astype(int)
+    make_split(exams, folds=10, holdout_fraction=0.1, seed=0)
+    with pytest.raises(
+        SplitError, match="10 folds and a hold-out need at least 12 patients of each class, found 11 symp"
+    ):
+        make_split(exams, folds=10, holdout_fraction=0.2, seed=0)
+
+
+def test_an_exam_without_a_patient_is_refused():
+    exams = cohort(0)
+    exams.loc[3, "patient_id"] = None
+    with pytest.raises(SplitError, match=r"study s0003 has no patient_id \(1 such"):
+        make_split(exams, folds=5, holdout_fraction=0, seed=0)
+
+
 def test_hash_covers_folds_and_labels():
     split = make_split(cohort(2), folds=5, holdout_fraction=0.1, seed=0)
     labels = dict.fromkeys(split["study_id"], 0)
@@ -88,7 +176,7 @@ def test_hash_covers_folds_and_labels():
 
 
 def test_openings_count_those_before_that_share_an_exam():
-    fields = dict.fromkeys(("user", "time", "result_hash", "split_hash", "previous"), "x")
+    fields = dict.fromkeys(("study", "user", "time", "result_hash", "split_hash", "previous"), "x")
     ledger = [
         Opening(line=line, number=1, studies=tuple(studies), **fields)
         for line, studies in enumerate(("ab", "cd", "bc"), 1)
@@ -159,3 +247,64 @@ def test_several_artefacts_are_told_apart_and_none_is_guessed(data):
     choose_for_store(data / "x.zarr", parent, slices, map_here, data / "c.csv")
     with pytest.raises(RunError, match=r"2 mid-sagittal artefacts .*with 1 correction\(s\).*paths\.midsagittal"):
         find_midsagittal_artefact(data / "x.zarr", store_hash)
+
+
+# --- committed splits ------------------------------------------------------------------------------------------------
+
+
+def commit(folder, table, **changes):
+    """Leave a committed split as any version of the code has left it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_parquet(folder / "split.parquet", index=False)
+    meta = {"split_hash": split_hash(table, training_labels(table)), "holdout_commitment": holdout_commitment(table)}
+    (folder / "split.json").write_text(json.dumps(meta | changes))
+    return folder
+
+
+def small_table(**columns):
+    table = pd.DataFrame({"study_id": list("abcd"), "patient_id": list("pqrs"), "fold": [-1, 0, 1, 0], **columns})
+    return table.assign(label=pd.array(table.get("label", [None, 1, 0, 1]), dtype="Int64"))
+
+
+def test_addresses_of_committed_splits_stay():
+    table = small_table()
+    assert split_hash(table, training_labels(table))[:16] == "33cb7013ca534678"
+    assert holdout_commitment(table)[:16] == "0eb5b8d6f81bc677"
+
+
+def test_a_sealed_label_in_the_table_is_refused(tmp_path):
+    folder = commit(tmp_path / "x", small_table(label=[1, 1, 0, 1]))
+    with pytest.raises(SplitError, match=r"holds labels of 1 sealed exam\(s\), e.g. of study a"):
+        Split.open(folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"split_hash": "0"}, {"holdout_commitment": "0"}], ids=["other table", "other hold-out"]
+)
+def test_an_edited_split_is_refused(tmp_path, changes):
+    with pytest.raises(SplitError, match=r"split\.parquet was changed after it was made"):
+        Split.open(commit(tmp_path / "x", small_table(), **changes))
+
+
+def test_a_split_of_an_earlier_draw_goes_on_opening(data, tmp_path):
+    config = study_config(data, tmp_path)
+    drawn = seal(config).split
+    earlier = drawn.table.assign(fold=drawn.table["fold"].replace({0: 1, 1: 0}))
+    commit(drawn.folder, earlier)
+    reporting = config.split.model_copy(update={"near_duplicates": "report"})
+    for chosen in (config, config.model_copy(update={"split": reporting})):
+        pd.testing.assert_frame_equal(seal(chosen).split.table, earlier)
+
+
+def test_a_split_of_other_labels_is_refused(data, tmp_path, monkeypatch):
+    config = study_config(data, tmp_path)
+    inside = training_labels(seal(config).split.table)
+    first = next(iter(inside))
+    monkeypatch.setattr(
+        "lbp_ray.prepare.label_exams",
+        lambda rows, **_: label_exams(rows).assign(
+            label=lambda exams: exams["label"].mask(exams["study_id"] == first, 1 - inside[first])
+        ),
+    )
+    with pytest.raises(SplitError, match=rf"committed with other labels .* of study {first} \(1 such"):
+        seal(config)

@@ -61,7 +61,7 @@ class CohortSection(FrozenModel):
     templates: int = Field(default=6, ge=1)
     """Hand-picked mid slices: of the excluded exams, those whose mid plane lies nearest a slice centre."""
     annotated: int | None = Field(default=None, ge=1)
-    """Exams of the binary task with five rectangles; all when not given."""
+    """Exams of the binary task with five rectangles; all when not given, and those outside the task as well."""
     exams_per_patient: tuple[float, float, float] = (0.86, 0.11, 0.03)
     """Shares of patients with one, two and three exams."""
     grades: Literal["spread", "oulu"] = "spread"

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from lbp_ray.phantom.config import PhantomConfig
 
-PHANTOM_VERSION = 2
+PHANTOM_VERSION = 3
 """Raised by hand when the same configuration gives other bytes; a tree of another version is not taken for this one."""
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -124,7 +124,10 @@ def _write(config: PhantomConfig, out: Path, *, progress: bool) -> dict[str, Any
     asked, chosen, junk = np.random.SeedSequence(config.seed, spawn_key=(1,)).spawn(3)
     exams, identities, jobs = plan_cohort(config, out / "dicom")
     results = _run(jobs, config.workers, progress=progress)
-    _write_tables(config, out, exams, identities, results, np.random.default_rng(asked))
+    generator = np.random.default_rng(asked)
+    tables = draw_tables(config, exams, identities, generator)
+    tables["truth"] = pd.concat([_keys(identities[: len(results)]), _truth_table(config, exams, results)], axis=1)
+    write_tables(tables, out, generator)
     _write_choices(config, out, exams, results, np.random.default_rng(chosen))
     _write_junk(out / "dicom", config.tree.junk_files, np.random.default_rng(junk))
     return {
@@ -246,32 +249,49 @@ def run_job(job: ExamJob) -> tuple[ExamTruth, Written]:
     return exam.truth, written
 
 
-def _write_tables(
-    config: PhantomConfig,
-    out: Path,
-    exams: Exams,
-    identities: list[Identity],
-    results: list[tuple[ExamTruth, Written]],
-    rng: np.random.Generator,
-) -> None:
-    keys = pd.DataFrame(
-        {"PatientID": [i.patient_id for i in identities], "AccessionNumber": [i.accession for i in identities]}
-    )
+def draw_tables(
+    config: PhantomConfig, exams: Exams, identities: list[Identity], rng: np.random.Generator
+) -> dict[str, pd.DataFrame]:
+    """Draw the questionnaire of everybody and the gradings of every exam.
+
+    Parameters
+    ----------
+    config
+        The cohort.
+    exams, identities
+        From `plan_cohort`.
+    rng
+        Random stream of answers and second readings; `write_tables` goes on with it.
+
+    Returns
+    -------
+    dict
+        ``questionnaire`` (one row per identity) and ``gradings`` (one row per exam and reader), in the order of exams.
+    """
     outside = rng.permutation([name for name, count in sorted(config.cohort.excluded.items()) for _ in range(count)])
     groups = [("asymptomatic", "symptomatic")[label] for label in exams.label if label >= 0] + outside.tolist()
-    asked = pd.concat([keys, draw_questionnaire(groups, rng)], axis=1)
-    imaged = keys.iloc[: len(results)]
+    asked = pd.concat([_keys(identities), draw_questionnaire(groups, rng)], axis=1)
+    imaged = _keys(identities[: len(exams.patient)])
     gradings = [imaged.assign(reader=1, **_grade_columns(exams.pfirrmann, exams.modic))]
     if config.cohort.readers == 2:
-        second = (_reread(exams.pfirrmann, 5, rng), _reread(exams.modic, 3, rng))
+        second = (
+            np.where(exams.pfirrmann == 0, 0, _reread(exams.pfirrmann, (1, 5), rng)),
+            _reread(exams.modic, (0, 3), rng),
+        )
         gradings.append(imaged.assign(reader=2, **_grade_columns(*second)))
-    tables = {
-        "questionnaire": asked,
-        "gradings": pd.concat(gradings),
-        "truth": pd.concat([imaged, _truth_table(config, exams, results)], axis=1),
-    }
+    return {"questionnaire": asked, "gradings": pd.concat(gradings)}
+
+
+def write_tables(tables: dict[str, pd.DataFrame], out: Path, rng: np.random.Generator) -> None:
+    """Write each table as a CSV of its name, its rows in random order."""
     for name, table in tables.items():
         table.iloc[rng.permutation(len(table))].to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
+
+
+def _keys(identities: list[Identity]) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"PatientID": [i.patient_id for i in identities], "AccessionNumber": [i.accession for i in identities]}
+    )
 
 
 def _grade_columns(pfirrmann: np.ndarray, modic: np.ndarray) -> dict[str, np.ndarray]:
@@ -279,9 +299,9 @@ def _grade_columns(pfirrmann: np.ndarray, modic: np.ndarray) -> dict[str, np.nda
     return columns | {f"modic_{level}": modic[:, k] for k, level in enumerate(DISC_LEVELS)}
 
 
-def _reread(grades: np.ndarray, highest: int, rng: np.random.Generator) -> np.ndarray:
+def _reread(grades: np.ndarray, ends: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     change = rng.choice([-1, 0, 1], grades.shape, p=[0.08, 0.84, 0.08])
-    return np.where(grades == 0, grades, np.clip(grades + change, 1, highest))
+    return np.asarray(np.clip(grades + change, *ends))
 
 
 def _truth_table(config: PhantomConfig, exams: Exams, results: list[tuple[ExamTruth, Written]]) -> pd.DataFrame:
@@ -317,12 +337,14 @@ def _write_choices(
     key for patients must never be made like this.
     """
     analysed = np.flatnonzero(exams.label >= 0)
+    outside = np.flatnonzero(exams.label < 0)
     annotated = rng.permutation(analysed)[: config.cohort.annotated or len(analysed)]
+    if config.cohort.annotated is None:
+        annotated = np.concatenate([annotated, outside])
     xml = _annotations([results[k] for k in annotated], config.image.matrix)
     ElementTree.indent(xml)
     (out / "annotations.xml").write_bytes(ElementTree.tostring(xml, encoding="utf-8", xml_declaration=True) + b"\n")
-    excluded = np.flatnonzero(exams.label < 0)
-    nearest = excluded[np.argsort([abs(results[k][0].mid_offset_mm) for k in excluded])][: config.cohort.templates]
+    nearest = outside[np.argsort([abs(results[k][0].mid_offset_mm) for k in outside])][: config.cohort.templates]
     uids = sorted(results[k][1].uids[results[k][0].mid_index] for k in nearest)
     pd.DataFrame({"SOPInstanceUID": uids}).to_csv(out / "templates.csv", index=False)
     write_atomic(out / "pseudonym.key", (rng.bytes(32).hex() + "\n").encode(), mode=0o600)

@@ -1,4 +1,7 @@
-"""Render a saved result again: ``python -m lbp_ray.report RUN/result.json --out DIR``."""
+"""Render a saved result again: ``python -m lbp_ray.report RUN/result.json --out DIR``.
+
+Openings of the hold-out and scores of excluded groups are read from the result's folder, where their commands put them.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from lbp_ray.finished import EXCLUDED_FILE
 from lbp_ray.report import render_console, write_report
-from lbp_ray.result import StudyResult
+from lbp_ray.result import ExcludedScores, StudyResult, Unsealed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = StudyResult.load(options.result)
         sheet = options.contact_sheet.read_bytes() if options.contact_sheet else None
-        page = write_report(result, options.out, contact_sheet=sheet)
+        folder = options.result.parent
+        excluded = folder / EXCLUDED_FILE
+        page = write_report(
+            result,
+            options.out,
+            contact_sheet=sheet,
+            unsealed=[Unsealed.load(path) for path in sorted(folder.glob("unsealed-*.json"))],
+            excluded=ExcludedScores.load(excluded) if excluded.is_file() else None,
+        )
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

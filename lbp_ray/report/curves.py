@@ -17,15 +17,16 @@ from lbp_ray.report.theme import (
     new_figure,
     panels,
 )
-from lbp_ray.report.words import bounds, by_slices, metric, number, prevalence, slices
+from lbp_ray.report.words import bounds, by_slices, metric, number, slices
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    from lbp_ray.result import Curve, LearningCurve, SliceCountResult, StudyResult
+    from lbp_ray.result import Confusion, Curve, LearningCurve, MetricSummary, SliceCountResult, StudyResult
 
 UNIT_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -38,13 +39,8 @@ def draw_roc(result: StudyResult) -> Figure:
     parts = by_slices(result)
     figure, axes = panels(len(parts), 3.25)
     for index, (part, axis) in enumerate(zip(parts, axes, strict=True)):
-        _square(axis, slices(part.num_slices))
-        axis.plot([0, 1], [0, 1], linestyle=(0, (1, 2)), color=COLOURS["muted"], linewidth=1.2)
-        axis.text(0.47, 0.395, "chance", rotation=45, rotation_mode="anchor", color=COLOURS["muted"], fontsize=8)
-        axis.plot(part.roc.x, part.roc.y, color=colour_of(index))
-        table = part.confusion
-        _operating_point(axis, table.fp / (table.fp + table.tn), table.tp / (table.tp + table.fn), index)
-        _summary(axis, part, "roc_auc", "AUC")
+        axis.set_title(slices(part.num_slices))
+        roc_panel(axis, part.roc, part.confusion, metric(part, "roc_auc"), colour=colour_of(index))
     label_panels(axes, "1 − specificity", "recall")
     return figure
 
@@ -54,20 +50,37 @@ def draw_precision_recall(result: StudyResult) -> Figure:
     parts = by_slices(result)
     figure, axes = panels(len(parts), 3.25)
     for index, (part, axis) in enumerate(zip(parts, axes, strict=True)):
-        _square(axis, slices(part.num_slices))
-        share = prevalence(part)
-        line = f"prevalence-{part.num_slices}"
-        axis.axhline(share, linestyle=(0, (1, 2)), color=COLOURS["muted"], linewidth=1.2, gid=line)
-        told: dict[str, Any] = {"va": "top", "color": COLOURS["muted"], "fontsize": 8, "bbox": LABEL_BACKING}
-        axis.text(0.02, share - 0.03, f"prevalence {number(share)}", **told)
-        recall, precision = _rising(part.precision_recall)
-        axis.plot(recall, precision, color=colour_of(index), drawstyle="steps-pre")
-        table = part.confusion
-        if table.tp + table.fp:
-            _operating_point(axis, table.tp / (table.tp + table.fn), table.tp / (table.tp + table.fp), index)
-        _summary(axis, part, "average_precision", "AP")
+        axis.set_title(slices(part.num_slices))
+        colour, told = colour_of(index), metric(part, "average_precision")
+        line = precision_recall_panel(axis, part.precision_recall, part.confusion, told, colour=colour)
+        line.set_gid(f"prevalence-{part.num_slices}")
     label_panels(axes, "recall", "precision")
     return figure
+
+
+def roc_panel(axis: Axes, curve: Curve, counts: Confusion, area: MetricSummary, *, colour: str) -> None:
+    """Draw one ROC curve with the chance diagonal, its area and the decisions made."""
+    _square(axis)
+    axis.plot([0, 1], [0, 1], linestyle=(0, (1, 2)), color=COLOURS["muted"], linewidth=1.2)
+    axis.text(0.47, 0.395, "chance", rotation=45, rotation_mode="anchor", color=COLOURS["muted"], fontsize=8)
+    axis.plot(curve.x, curve.y, color=colour)
+    _operating_point(axis, counts.fp / (counts.fp + counts.tn), counts.tp / (counts.tp + counts.fn), colour)
+    _summary(axis, area, "AUC")
+
+
+def precision_recall_panel(axis: Axes, curve: Curve, counts: Confusion, area: MetricSummary, *, colour: str) -> Line2D:
+    """Draw one precision-recall curve with its area and the decisions made; return the dotted prevalence line."""
+    _square(axis)
+    share = (counts.tp + counts.fn) / sum(counts.model_dump().values())
+    line = axis.axhline(share, linestyle=(0, (1, 2)), color=COLOURS["muted"], linewidth=1.2)
+    told: dict[str, Any] = {"va": "top", "color": COLOURS["muted"], "fontsize": 8, "bbox": LABEL_BACKING}
+    axis.text(0.02, share - 0.03, f"prevalence {number(share)}", **told)
+    recall, precision = _rising(curve)
+    axis.plot(recall, precision, color=colour, drawstyle="steps-pre")
+    if counts.tp + counts.fp:
+        _operating_point(axis, counts.tp / (counts.tp + counts.fn), counts.tp / (counts.tp + counts.fp), colour)
+    _summary(axis, area, "AP")
+    return line
 
 
 def draw_learning(result: StudyResult) -> Figure:
@@ -84,6 +97,7 @@ def draw_learning(result: StudyResult) -> Figure:
         _band(loss, learning.epoch, learning.train_loss, learning.train_loss_sd, COLOURS["muted"])
         _band(loss, learning.epoch, learning.validation_loss, learning.validation_loss_sd, colour)
         _band(auc, learning.epoch, learning.validation_auc, learning.validation_auc_sd, colour)
+        _mark_scoring(auc, part, colour)
         auc.axhline(0.5, linestyle=(0, (1, 2)), color=COLOURS["muted"], linewidth=1.2)
         auc.xaxis.set_major_locator(MaxNLocator(nbins=6 if len(parts) <= MAX_COLUMNS else 3, integer=True))
         loss.set_title(slices(part.num_slices))
@@ -96,24 +110,22 @@ def draw_learning(result: StudyResult) -> Figure:
     return figure
 
 
-def _square(axis: Axes, title: str) -> None:
+def _square(axis: Axes) -> None:
     axis.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.03), xticks=UNIT_TICKS, yticks=UNIT_TICKS)
     axis.set_box_aspect(1)
-    axis.set_title(title)
 
 
-def _operating_point(axis: Axes, x: float, y: float, index: int) -> None:
+def _operating_point(axis: Axes, x: float, y: float, colour: str) -> None:
     axis.plot(
         [x], [y], marker="o", markersize=7, linestyle="none", zorder=5, clip_on=False,
-        markerfacecolor=COLOURS["paper"], markeredgecolor=colour_of(index), markeredgewidth=1.8,
+        markerfacecolor=COLOURS["paper"], markeredgecolor=colour, markeredgewidth=1.8,
     )  # fmt: skip
 
 
-def _summary(axis: Axes, part: SliceCountResult, name: str, label: str) -> None:
-    interval = metric(part, name).interval
+def _summary(axis: Axes, summary: MetricSummary, label: str) -> None:
     corner: dict[str, Any] = {"transform": axis.transAxes, "ha": "right", "linespacing": 1.4}
-    axis.text(0.98, 0.12, f"{label} {number(interval.estimate)}", fontsize=11, weight="bold", **corner)
-    axis.text(0.98, 0.045, bounds(interval), color=COLOURS["muted"], fontsize=8.5, **corner)
+    axis.text(0.98, 0.12, f"{label} {number(summary.estimate)}", fontsize=11, weight="bold", **corner)
+    axis.text(0.98, 0.045, bounds(summary.interval), color=COLOURS["muted"], fontsize=8.5, **corner)
 
 
 def _rising(curve: Curve) -> tuple[Sequence[float], Sequence[float]]:
@@ -126,6 +138,17 @@ def _band(axis: Axes, epochs: Sequence[int], mean: Sequence[float], sd: Sequence
     middle, half = np.asarray(mean), np.asarray(sd)
     axis.fill_between(epochs, middle - half, middle + half, color=colour, alpha=0.18, linewidth=0)
     axis.plot(epochs, middle, color=colour, marker="o" if len(epochs) == 1 else "", markersize=4)
+
+
+def _mark_scoring(axis: Axes, part: SliceCountResult, colour: str) -> None:
+    """Put a triangle under every epoch that scores, its area by the trials that chose it."""
+    trials = sum(row.trials for row in part.epochs)
+    for row in part.epochs:
+        size = 4 + 5 * (row.trials / trials) ** 0.5
+        axis.plot(
+            [row.epoch], [0.0], transform=axis.get_xaxis_transform(), marker="^", markersize=size, color=colour,
+            linestyle="none", clip_on=False, zorder=5, markeredgewidth=0,
+        )  # fmt: skip
 
 
 def _shade_unfrozen(axis: Axes, learning: LearningCurve) -> None:

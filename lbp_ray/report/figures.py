@@ -27,11 +27,13 @@ from lbp_ray.report.words import (
     by_slices,
     chance_level,
     metric,
+    named,
     number,
     p_value,
     percent,
     prevalence,
     slices,
+    units,
 )
 from lbp_ray.result import METRIC_NAMES
 
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lbp_ray.result import Confusion, Interval, StudyResult
+    from lbp_ray.result import Confusion, MetricSummary, StudyResult
 
 SCORE_BINS = 30
 NULL_BINS = 24
@@ -53,10 +55,10 @@ def draw_overview(result: StudyResult) -> Figure:
     parts = by_slices(result)
     figure = new_figure(0.95 + 0.36 * len(parts) + STAMP_HEIGHT_IN)
     axis = figure.subplots()
-    intervals = [metric(part, "roc_auc").interval for part in parts]
-    for row, interval in enumerate(intervals):
-        _whisker(axis, interval, row, row)
-        text = f"{number(interval.estimate)}   ({bounds(interval)})"
+    areas = [metric(part, "roc_auc") for part in parts]
+    for row, area in enumerate(areas):
+        _whisker(axis, area, row, row)
+        text = f"{number(area.estimate)}   ({bounds(area.interval)})"
         axis.text(1.015, row, text, transform=axis.get_yaxis_transform(), va="center")
     axis.axvline(CHANCE_AUC, **REFERENCE_LINE)
     top: dict[str, Any] = {"transform": axis.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 8.5}
@@ -65,7 +67,7 @@ def draw_overview(result: StudyResult) -> Figure:
         ceiling = result.bayes.realised_auc
         axis.axvline(ceiling, color=COLOURS["ink"], linewidth=1.4)
         axis.text(ceiling, 1.02, f"best possible {number(ceiling)}", **top)
-    axis.set(xlim=(min(0.4, *(interval.low - 0.03 for interval in intervals)), 1.005), xlabel="ROC-AUC")
+    axis.set(xlim=(min(0.4, *(_lowest(area) - 0.03 for area in areas)), 1.005), xlabel="ROC-AUC")
     _rows(axis, [slices(part.num_slices) for part in parts])
     return figure
 
@@ -83,16 +85,14 @@ def draw_metrics(result: StudyResult) -> Figure:
             axis.plot([chance, chance], [row - 0.42, row + 0.42], **REFERENCE_LINE)
         for index, part in enumerate(parts):
             summary, y = metric(part, name), row + (index - (len(parts) - 1) / 2) * step
-            _whisker(axis, summary.interval, y, index)
+            _whisker(axis, summary, y, index)
             axis.plot(
                 summary.per_seed, [y + step * 0.36] * len(summary.per_seed),
                 marker="|", markersize=4, linestyle="none", color=colour_of(index), alpha=0.8,
             )  # fmt: skip
             if row == 0:
-                label = slices(part.num_slices)
-                beside = axis.get_yaxis_transform()
-                axis.text(1.015, y, label, transform=beside, va="center", color=colour_of(index), weight="bold")
-    lowest = min(metric(part, name).interval.low for part in parts for name in METRIC_NAMES)
+                _name_beside(axis, part.num_slices, y, index)
+    lowest = min(_lowest(metric(part, name)) for part in parts for name in METRIC_NAMES)
     axis.set_xlim(min(-0.02, lowest - 0.03), 1.01)
     _rows(axis, [METRIC_LABELS[name] for name in METRIC_NAMES])
     for boundary in range(1, len(METRIC_NAMES)):
@@ -102,7 +102,7 @@ def draw_metrics(result: StudyResult) -> Figure:
 
 
 def draw_scores(result: StudyResult) -> Figure:
-    """Draw out-of-fold scores: symptomatic studies upward, asymptomatic downward, thresholds as a band."""
+    """Draw out-of-fold scores: symptomatic upward, asymptomatic downward, thresholds as lines."""
     parts = by_slices(result)
     every = [score for part in parts for score in (*part.scores_positive, *part.scores_negative)]
     edges = np.linspace(*_rounded_range(every), SCORE_BINS + 1)
@@ -127,7 +127,7 @@ def draw_scores(result: StudyResult) -> Figure:
         corner: dict[str, Any] = {"transform": axis.transAxes, "fontsize": 8.5, "bbox": LABEL_BACKING}
         axis.text(0.015, 0.985, f"symptomatic, n = {len(part.scores_positive)}", va="top", **corner)
         axis.text(0.015, 0.015, f"asymptomatic, n = {len(part.scores_negative)}", va="bottom", **corner)
-    label_panels(axes, "study score", "studies")
+    label_panels(axes, f"{result.level} score", units(result))
     return figure
 
 
@@ -136,7 +136,7 @@ def draw_confusion(result: StudyResult) -> Figure:
     parts = by_slices(result)
     figure, axes = panels(len(parts), 3.0)
     for index, (part, axis) in enumerate(zip(parts, axes, strict=True)):
-        _matrix(axis, part.confusion, colour_of(index))
+        confusion_panel(axis, part.confusion, colour_of(index))
         axis.set_title(slices(part.num_slices))
     label_panels(axes, "", "truth")
     return figure
@@ -148,7 +148,7 @@ def draw_folds(result: StudyResult) -> Figure:
     figure = new_figure(0.75 + 0.42 * len(parts) + STAMP_HEIGHT_IN)
     axis = figure.subplots()
     for row, part in enumerate(parts):
-        pooled = metric(part, "roc_auc").interval.estimate
+        pooled = metric(part, "roc_auc").estimate
         axis.plot([pooled, pooled], [row - 0.3, row + 0.3], color=COLOURS["ink"], linewidth=2.2)
         axis.plot(
             part.fold_auc, _staggered(part.fold_auc, row), marker=marker_of(row), markersize=6, linestyle="none",
@@ -158,6 +158,32 @@ def draw_folds(result: StudyResult) -> Figure:
     axis.set_xlim(min(0.4, min(min(part.fold_auc, default=0.5) for part in parts) - 0.03), 1.01)
     axis.set_xlabel("ROC-AUC within one fold (bar: pooled over folds)")
     _rows(axis, [slices(part.num_slices) for part in parts])
+    return figure
+
+
+def draw_choices(result: StudyResult) -> Figure:
+    """Draw the eight metrics of every fold taken as the only validation fold, and of all folds together."""
+    parts = by_slices(result)
+    figure = new_figure(0.7 + len(METRIC_NAMES) * (0.26 + 0.16 * len(parts)) + STAMP_HEIGHT_IN)
+    axis = figure.subplots()
+    step = 0.7 / max(len(parts), 2)
+    for row, name in enumerate(METRIC_NAMES):
+        for index, part in enumerate(parts):
+            y = row + (index - (len(parts) - 1) / 2) * step
+            values = [named(choice.metrics, name).estimate for choice in part.choices]
+            pooled = metric(part, name).estimate
+            axis.plot([min(values), max(values)], [y, y], color=colour_of(index), linewidth=1.2, alpha=0.45)
+            axis.plot([pooled, pooled], [y - step * 0.4, y + step * 0.4], color=COLOURS["ink"], linewidth=2)
+            axis.plot(
+                values, [y] * len(values), marker=marker_of(index), markersize=5, linestyle="none",
+                color=colour_of(index), alpha=0.7, markeredgecolor=COLOURS["paper"], markeredgewidth=0.5,
+            )  # fmt: skip
+            if row == 0:
+                _name_beside(axis, part.num_slices, y, index)
+    axis.set_xlim(min(-0.02, *axis.get_xlim()), 1.02)
+    _rows(axis, [METRIC_LABELS[name] for name in METRIC_NAMES])
+    for boundary in range(1, len(METRIC_NAMES)):
+        axis.axhline(boundary - 0.5, color=COLOURS["grid"], linewidth=0.8)
     return figure
 
 
@@ -175,7 +201,7 @@ def draw_permutation(result: StudyResult) -> Figure:
         axis.margins(x=0.04, y=0.28)
         axis.grid(visible=False, axis="x")
         right = test.observed > (edges[0] + edges[-1]) / 2
-        told = f"true labels {number(test.observed)}\n{p_value(test.p_value)}"
+        told = f"true labels {number(test.observed)}" + ("" if result.optimistic else f"\n{p_value(test.p_value)}")
         axis.annotate(
             told, (test.observed, 0.985), (-5 if right else 5, 0), xycoords=("data", "axes fraction"),
             textcoords="offset points", ha="right" if right else "left", va="top", linespacing=1.35, weight="bold",
@@ -185,10 +211,21 @@ def draw_permutation(result: StudyResult) -> Figure:
     return figure
 
 
-def _whisker(axis: Axes, interval: Interval, y: float, index: int) -> None:
-    colour = colour_of(index)
-    axis.plot([interval.low, interval.high], [y, y], color=colour, linewidth=2.4, alpha=0.55)
-    axis.plot([interval.estimate], [y], marker=marker_of(index), markersize=6, color=colour)
+def _whisker(axis: Axes, summary: MetricSummary, y: float, index: int) -> None:
+    colour, interval = colour_of(index), summary.interval
+    if interval is not None:
+        axis.plot([interval.low, interval.high], [y, y], color=colour, linewidth=2.4, alpha=0.55)
+    axis.plot([summary.estimate], [y], marker=marker_of(index), markersize=6, color=colour)
+
+
+def _lowest(summary: MetricSummary) -> float:
+    low = summary.estimate if summary.interval is None else summary.interval.low
+    return min(low, *summary.per_seed)
+
+
+def _name_beside(axis: Axes, count: int, y: float, index: int) -> None:
+    style: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "va": "center", "weight": "bold"}
+    axis.text(1.015, y, slices(count), color=colour_of(index), **style)
 
 
 def _rows(axis: Axes, labels: list[str]) -> None:
@@ -199,7 +236,8 @@ def _rows(axis: Axes, labels: list[str]) -> None:
     axis.spines["left"].set_visible(False)
 
 
-def _matrix(axis: Axes, table: Confusion, colour: str) -> None:
+def confusion_panel(axis: Axes, table: Confusion, colour: str) -> None:
+    """Draw counts of predictions by truth."""
     rows = (("symptomatic", table.tp, table.fn), ("asymptomatic", table.fp, table.tn))
     for y, (_, called, cleared) in enumerate(rows):
         for x, count in enumerate((called, cleared)):

@@ -8,13 +8,19 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from lbp_ray.report.checks import check_reportable
+from lbp_ray.report.optimism import notice
 from lbp_ray.report.verdict import comparison, verdict_sentences
 from lbp_ray.report.words import (
+    APART,
     METRIC_LABELS,
+    SELECTIONS,
+    THRESHOLD_SOURCES,
     by_slices,
     chance_level,
+    estimate_with_bounds,
     interval_level,
     metric,
+    num_positive,
     num_scored,
     number,
     p_value,
@@ -22,6 +28,9 @@ from lbp_ray.report.words import (
     prevalence,
     short_hash,
     slices,
+    spread_name,
+    spread_of,
+    units,
 )
 from lbp_ray.result import METRIC_NAMES
 
@@ -33,12 +42,13 @@ CONSOLE_WIDTH = 100
 
 LABEL_WIDTH, CELL_WIDTH, CELLS_IN_ROW = 18, 27, 3
 
-ALL_METRICS = (*METRIC_NAMES, "accuracy")
-"""The eight, and accuracy, which is kept apart because an uneven mix of classes flatters it."""
+ALL_METRICS = (*METRIC_NAMES, *APART)
+"""The eight; accuracy, which is kept apart because an uneven mix of classes flatters it; and separation."""
 
 CSV_COLUMNS = (
-    "result_hash", "num_slices", "metric", "estimate", "low", "high", "level", "interval_method", "seed_mean",
-    "seed_sd", "num_seeds", "per_seed", "chance", "num_studies", "num_positive",
+    "result_hash", "num_slices", "metric", "estimate", "low", "high", "interval_level", "interval_method", "seed_mean",
+    "seed_sd", "seed_se", "num_seeds", "per_seed", "chance", "level", "num_scored", "num_positive", "selection",
+    "threshold_source", "optimistic",
 )  # fmt: skip
 
 
@@ -54,7 +64,8 @@ def render_console(result: StudyResult) -> str:
     -------
     str
         Lines of at most `CONSOLE_WIDTH` columns: who was studied, the eight metrics per slice count with interval and
-        spread over seeds, Bayes-optimal AUC, permutation p, verdict and statements. No line end at the end.
+        spread over seeds, Bayes-optimal AUC, permutation p, verdict and statements; of an optimistic result why it
+        has no interval and no verdict, before any figure. No line end at the end.
 
     Raises
     ------
@@ -67,12 +78,13 @@ def render_console(result: StudyResult) -> str:
     lines = [
         *_wrapped(result.name),
         *_wrapped(_who(result)),
+        *_wrapped(_how(result)),
+        *[line for sentence in notice(result) for line in _wrapped(sentence, "! ")],
         "",
         *[line for block in blocks for line in (*block, "")],
         *_wrapped(_key(result)),
         "",
-        *_wrapped(" ".join(verdict_sentences(result))),
-        "",
+        *[line for line in (*_wrapped(_verdict(result)), "") if line or not result.optimistic],
         *[line for statement in result.statements for line in _wrapped(statement, "- ")],
         f"result {short_hash(result)}",
     ]
@@ -97,7 +109,10 @@ def metrics_csv(result: StudyResult) -> str:
     writer.writerow(CSV_COLUMNS)
     for part in by_slices(result):
         for name in ALL_METRICS:
-            writer.writerow([short_hash(result), part.num_slices, name, *_csv_values(part, metric(part, name))])
+            values = _csv_values(part, metric(part, name))
+            how = [result.selection, result.threshold_source, str(result.optimistic).lower()]
+            at = [result.level, num_scored(part), num_positive(part)]
+            writer.writerow([short_hash(result), part.num_slices, name, *values, *at, *how])
     return buffer.getvalue()
 
 
@@ -115,16 +130,17 @@ def metrics_markdown(result: StudyResult) -> str:
         ["metric", *[slices(part.num_slices) for part in parts], "between slice counts"],
         ["---", *["---:" for _ in parts], "---"],
         *[
-            [METRIC_LABELS[name], *[_cell(metric(part, name), 3) for part in parts], comparison(result, name)]
+            [METRIC_LABELS[name], *[_cell(result, metric(part, name), 3) for part in parts], comparison(result, name)]
             for name in ALL_METRICS
         ],
         *([["Bayes-optimal ROC-AUC", *bayes, ""]] if bayes else []),
-        ["permutation p", *_permutation_cells(parts), ""],
+        *([] if result.optimistic else [["permutation p", *_permutation_cells(parts), ""]]),
     ]
     lines = ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
     title = " ".join(result.name.split()).replace("<", "&lt;")
-    key = f"{_key(result)}; result {short_hash(result)}."
-    return "\n".join([f"**{title}**: {_who(result)}", "", *lines, "", key, ""])
+    key = f"{_key(result)}; {_how(result)}; result {short_hash(result)}."
+    warning = [" ".join(notice(result)), ""] if result.optimistic else []
+    return "\n".join([f"**{title}**: {_who(result)}", "", *warning, *lines, "", key, ""])
 
 
 def _who(result: StudyResult) -> str:
@@ -139,11 +155,21 @@ def _who(result: StudyResult) -> str:
     )
 
 
+def _verdict(result: StudyResult) -> str:
+    """Write what follows the notice of an optimistic result, or the whole verdict of an honest one."""
+    return " ".join(verdict_sentences(result)[len(notice(result)) :])
+
+
+def _how(result: StudyResult) -> str:
+    epochs = SELECTIONS.get(result.selection, result.selection)
+    thresholds = THRESHOLD_SOURCES.get(result.threshold_source, result.threshold_source)
+    return f"epochs: {epochs}; thresholds: {thresholds}; scores of {units(result)}"
+
+
 def _key(result: StudyResult) -> str:
-    return (
-        f"estimate [{interval_level(result)} interval over patients, conditional on the trained models]"
-        f" ±SD over seeds (n = {len(result.seeds)})"
-    )
+    interval = "" if result.optimistic else f" [{interval_level(result)} interval over patients, conditional on the"
+    models = "" if result.optimistic else " trained models]"
+    return f"estimate{interval}{models} ±{spread_name(result)} over seeds (n = {len(result.seeds)})"
 
 
 def _block(parts: list[SliceCountResult], result: StudyResult) -> list[str]:
@@ -151,10 +177,10 @@ def _block(parts: list[SliceCountResult], result: StudyResult) -> list[str]:
     lines = [header, "─" * len(header)]
     bayes = _bayes_cells(parts, result, 2)
     for name in METRIC_NAMES:
-        lines.append(_row(METRIC_LABELS[name], [_cell(metric(part, name), 2) for part in parts]))
+        lines.append(_row(METRIC_LABELS[name], [_cell(result, metric(part, name), 2) for part in parts]))
         if name == "roc_auc" and bayes:
             lines.append(_row("  Bayes-optimal", bayes))
-    return [*lines, _row("permutation p", _permutation_cells(parts))]
+    return lines if result.optimistic else [*lines, _row("permutation p", _permutation_cells(parts))]
 
 
 def _bayes_cells(parts: list[SliceCountResult], result: StudyResult, decimals: int) -> list[str]:
@@ -173,21 +199,17 @@ def _row(label: str, cells: list[str]) -> str:
     return f"{label:<{LABEL_WIDTH}}" + "".join(f"{cell:>{CELL_WIDTH}}" for cell in cells)
 
 
-def _cell(summary: MetricSummary, decimals: int) -> str:
-    interval = summary.interval
-    low, high = number(interval.low, decimals), number(interval.high, decimals)
-    spread = "" if summary.sd is None else f" ±{number(summary.sd, decimals)}"
-    return f"{number(interval.estimate, decimals)} [{low}, {high}]{spread}"
+def _cell(result: StudyResult, summary: MetricSummary, decimals: int) -> str:
+    spread = spread_of(result, summary)
+    told = estimate_with_bounds(summary, decimals)
+    return told if spread is None else f"{told} ±{number(spread, decimals)}"
 
 
 def _csv_values(part: SliceCountResult, summary: MetricSummary) -> list[object]:
     interval = summary.interval
-    chance = chance_level(summary.name, prevalence(part))
-    return [
-        interval.estimate, interval.low, interval.high, interval.level, interval.method, summary.mean,
-        "" if summary.sd is None else summary.sd, len(summary.per_seed), ";".join(map(repr, summary.per_seed)),
-        "" if chance is None else chance, num_scored(part), len(part.scores_positive),
-    ]  # fmt: skip
+    ends = [None] * 4 if interval is None else [interval.low, interval.high, interval.level, interval.method]
+    seeds = [summary.mean, summary.sd, summary.se, len(summary.per_seed), ";".join(map(repr, summary.per_seed))]
+    return [summary.estimate, *ends, *seeds, chance_level(summary.name, prevalence(part))]
 
 
 def _wrapped(text: str, bullet: str = "") -> list[str]:

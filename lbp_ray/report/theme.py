@@ -6,12 +6,14 @@ import io
 import math
 import re
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from lbp_ray.report.optimism import mark
 from lbp_ray.report.words import short_hash
 
 if TYPE_CHECKING:
@@ -94,6 +96,18 @@ _RC: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A figure drawn from one result."""
+
+    name: str
+    """File name without suffix, and the name the page's template asks for."""
+    title: str
+    caption: str
+    alt: str
+    svg: bytes
+
+
 @contextmanager
 def drawing() -> Iterator[None]:
     """Apply the house style for the time of a drawing, whatever the user's matplotlib settings are."""
@@ -125,6 +139,11 @@ def new_figure(height_in: float) -> Figure:
     return figure
 
 
+def _columns(num: int) -> int:
+    """Panels in a row; four stand two by two."""
+    return 2 if num == 4 else min(num, MAX_COLUMNS)
+
+
 def panels(num: int, row_height_in: float) -> tuple[Figure, list[Axes]]:
     """Make small multiples, at most `MAX_COLUMNS` in a row, that share both axes; see `label_panels`.
 
@@ -135,7 +154,7 @@ def panels(num: int, row_height_in: float) -> tuple[Figure, list[Axes]]:
     row_height_in
         Height of one row of panels, inches.
     """
-    columns = min(num, MAX_COLUMNS)
+    columns = _columns(num)
     rows = math.ceil(num / columns)
     figure = new_figure(rows * row_height_in + STAMP_HEIGHT_IN)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
@@ -147,7 +166,7 @@ def panels(num: int, row_height_in: float) -> tuple[Figure, list[Axes]]:
 
 def label_panels(axes: list[Axes], x_label: str, y_label: str) -> None:
     """Name the axes of small multiples: x where no panel stands below, y in the first column."""
-    columns = min(len(axes), MAX_COLUMNS)
+    columns = _columns(len(axes))
     for index, axis in enumerate(axes):
         lowest = index + columns >= len(axes)
         axis.tick_params(labelbottom=lowest)
@@ -155,8 +174,8 @@ def label_panels(axes: list[Axes], x_label: str, y_label: str) -> None:
         axis.set_ylabel("" if index % columns else y_label)
 
 
-def svg_bytes(figure: Figure, title: str, result: StudyResult) -> bytes:
-    """Stamp a figure with the result's hash and write it as SVG, without a date.
+def svg_bytes(figure: Figure, title: str, result: StudyResult, *, judged: bool = True) -> bytes:
+    """Stamp a figure with the result's hash, and with the mark of an optimistic one, and write it as SVG, undated.
 
     Parameters
     ----------
@@ -166,11 +185,20 @@ def svg_bytes(figure: Figure, title: str, result: StudyResult) -> bytes:
         Title for the file's metadata.
     result
         The result it was drawn from.
+    judged
+        Whether it shows how the result judges its folds: an optimistic one then marks it.
     """
     stamp = f"result {short_hash(result)}"
-    figure.text(0.996, 0.012, stamp, ha="right", va="bottom", fontsize=7, color=COLOURS["muted"])
+    foot: dict[str, Any] = {"va": "bottom", "fontsize": 7}
+    figure.text(0.996, 0.012, stamp, ha="right", color=COLOURS["muted"], **foot)
+    warning = mark(result) if judged else ""
+    if warning:
+        figure.text(
+            0.004, 0.012, warning, ha="left", va="bottom", fontsize=7, weight="bold", color=COLOURS["vermillion"]
+        )
     buffer = io.BytesIO()
-    metadata = {"Title": f"{title} ({stamp})", "Date": None, "Creator": None, "Format": None, "Type": None}
+    told = "; ".join(filter(None, (stamp, warning)))
+    metadata = {"Title": f"{title} ({told})", "Date": None, "Creator": None, "Format": None, "Type": None}
     figure.savefig(buffer, format="svg", metadata=metadata)
     return buffer.getvalue()
 

@@ -6,14 +6,15 @@ claims no equality.
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import TYPE_CHECKING
 
+from lbp_ray.intervals import WIDENED
+from lbp_ray.report.optimism import notice
 from lbp_ray.report.provenance import association_warning
 from lbp_ray.report.words import bounds, by_slices, interval_level, listed, metric, number, p_value, slices
 
 if TYPE_CHECKING:
-    from lbp_ray.result import AreaComparison, Interval, StudyResult
+    from lbp_ray.result import AreaComparison, Interval, MetricSummary, PermutationNull, StudyResult
 
 CHANCE_AUC = 0.5
 """ROC-AUC of scores that know nothing of the label."""
@@ -32,6 +33,9 @@ MAX_PAIRS_NAMED = 3
 
 INTERVAL_MEANING = "Intervals are over patients and conditional on the trained models."
 """Stands wherever intervals are shown."""
+
+WIDENING = "Out of fold they are widened, because each patient trained the networks that score the others."
+"""Follows `INTERVAL_MEANING` where that is so."""
 
 INTERVAL_EXPLANATION = (
     "They say how the figures would move with other patients, not with other trainings; of those the spread over seeds"
@@ -52,16 +56,25 @@ def verdict_sentences(result: StudyResult) -> list[str]:
     -------
     list of str
         Sentences in reading order: chance, ceiling (synthetic cohorts), permutations, slice counts, crop sources that
-        differ between the classes, intervals.
+        differ between the classes, intervals. Of an optimistic result only why it has no verdict, and the crops.
     """
+    if result.optimistic:
+        return [*notice(result), *association_warning(result)]
     return [
         *_chance_sentences(result),
         *_ceiling_sentences(result),
         *_permutation_sentences(result),
         *_comparison_sentences(result),
         *association_warning(result),
-        INTERVAL_MEANING,
+        interval_meaning(result),
     ]
+
+
+def interval_meaning(result: StudyResult) -> str:
+    """Say what the intervals of an honest result hold, and whether they are widened for cross-validation."""
+    held = [metric(part, "roc_auc").interval for part in by_slices(result)]
+    is_widened = any(interval is not None and interval.method.endswith(WIDENED) for interval in held)
+    return f"{INTERVAL_MEANING} {WIDENING}" if is_widened else INTERVAL_MEANING
 
 
 def against_chance(interval: Interval) -> str:
@@ -71,24 +84,23 @@ def against_chance(interval: Interval) -> str:
     return "below" if interval.high < CHANCE_AUC else "includes"
 
 
-def disjoint_pairs(result: StudyResult, name: str) -> list[tuple[int, int]]:
-    """Return the pairs of slice counts whose intervals of one metric do not overlap, fewest slices first."""
-    held = [(part.num_slices, metric(part, name).interval) for part in by_slices(result)]
-    return [(a, b) for (a, one), (b, other) in combinations(held, 2) if one.high < other.low or other.high < one.low]
+def held_interval(summary: MetricSummary) -> Interval:
+    """Return the interval that every metric of an honest result has."""
+    assert summary.interval is not None, "checked before anything is reported"
+    return summary.interval
 
 
 def comparison(result: StudyResult, name: str) -> str:
-    """Write what a table cell may say about one metric across slice counts."""
+    """Write what a table cell may say about one metric across slice counts; ROC-AUC alone has a paired test."""
+    if result.optimistic:
+        return "not compared: optimistic"
     if len(result.slice_counts) < 2:
         return "one slice count only"
     if name == "roc_auc":
         differ = differing(result)
         pairs = ", ".join(f"{pair.first} | {pair.second} ({p_value(pair.p_adjusted)})" for pair in differ)
         return f"differ: {pairs}" if differ else "not distinguishable here"
-    apart = disjoint_pairs(result, name)
-    if not apart:
-        return "not distinguishable here"
-    return "intervals apart: " + ", ".join(f"{a} | {b}" for a, b in apart)
+    return "not tested"
 
 
 def differing(result: StudyResult) -> list[AreaComparison]:
@@ -99,7 +111,7 @@ def differing(result: StudyResult) -> list[AreaComparison]:
 def _chance_sentences(result: StudyResult) -> list[str]:
     groups: dict[str, list[int]] = {"above": [], "includes": [], "below": []}
     for part in by_slices(result):
-        groups[against_chance(metric(part, "roc_auc").interval)].append(part.num_slices)
+        groups[against_chance(held_interval(metric(part, "roc_auc")))].append(part.num_slices)
     claims = {
         "above": "better than chance with {}",
         "includes": "not shown to be better than chance with {}",
@@ -126,9 +138,9 @@ def _chance_sentences(result: StudyResult) -> list[str]:
 def _auc_figures(result: StudyResult) -> str:
     told: list[str] = []
     for part in by_slices(result):
-        interval = metric(part, "roc_auc").interval
+        area = metric(part, "roc_auc")
         of = "" if told else f"{interval_level(result)} interval "
-        told.append(f"{number(interval.estimate)} with {slices(part.num_slices)} ({of}{bounds(interval)})")
+        told.append(f"{number(area.estimate)} with {slices(part.num_slices)} ({of}{bounds(area.interval)})")
     return f"Judged on patients left out of the training, ROC-AUC is {listed(told)}"
 
 
@@ -140,7 +152,7 @@ def _ceiling_sentences(result: StudyResult) -> list[str]:
     if result.bayes is None:
         return []
     ceiling = result.bayes.realised_auc
-    gaps = [ceiling - metric(part, "roc_auc").interval.estimate for part in by_slices(result)]
+    gaps = [ceiling - metric(part, "roc_auc").estimate for part in by_slices(result)]
     known = (
         "The cohort is synthetic, so the best ROC-AUC that any model could reach on these very studies is known:"
         f" {number(ceiling)}."
@@ -167,7 +179,7 @@ def _permutation_sentences(result: StudyResult) -> list[str]:
         f"Against {times} shuffles of the labels among patients, whose AUC averages {means},"
         f" the frozen stage {', and '.join(claims)}."
     ]
-    drifted = [slices(n) for n, null in tested if abs(null.mean - CHANCE_AUC) > NULL_MEAN_TOLERANCE]
+    drifted = [slices(n) for n, null in tested if _drifts(null)]
     if drifted:
         sentences.append(
             f"With {listed(drifted)} the shuffled labels do not average 0.50 ± {NULL_MEAN_TOLERANCE}:"
@@ -176,25 +188,34 @@ def _permutation_sentences(result: StudyResult) -> list[str]:
     return sentences
 
 
+def _drifts(null: PermutationNull) -> bool:
+    """Whether the null's mean is farther from chance than tolerated, and than few shuffles explain (three errors)."""
+    error = null.sd / null.num_permutations**0.5
+    return bool(abs(null.mean - CHANCE_AUC) > max(NULL_MEAN_TOLERANCE, 3 * error))
+
+
 def _comparison_sentences(result: StudyResult) -> list[str]:
     if len(result.slice_counts) < 2:
         return []
     differ, pairs = differing(result), len(result.comparisons)
+    by = "By ROC-AUC on the same studies" if result.level == "study" else "By the ROC-AUC of study scores"
     holm = f", Holm over {pairs} pairs" if pairs > 1 else ""
     if not differ:
         counts = _slice_list([part.num_slices for part in by_slices(result)])
         smallest = min(pair.p_adjusted for pair in result.comparisons)
         told = f"{'smallest ' if pairs > 1 else ''}{p_value(smallest)}{holm}"
+        widest = max(result.comparisons, key=lambda pair: pair.high - pair.low)
+        which = "the widest interval of a difference" if pairs > 1 else "the interval of the difference"
         return [
-            f"By ROC-AUC on the same studies, {counts} are not distinguishable here ({told}),"
-            " which does not make them equal."
+            f"{by}, {counts} are not distinguishable here ({told}), which does not make them equal: {which} is"
+            f" {number(widest.low)} to {number(widest.high)}."
         ]
     rest = "; the other pairs are not distinguishable here" if len(differ) < pairs else ""
     if len(differ) > MAX_PAIRS_NAMED:
-        sentence = f"By ROC-AUC on the same studies, {len(differ)} of {pairs} pairs of slice counts differ{rest}."
+        sentence = f"{by}, {len(differ)} of {pairs} pairs of slice counts differ{rest}."
         return [sentence, "One metric alone ranks nothing."]
     told = "; ".join(_difference(result, pair) for pair in differ)
-    return [f"By ROC-AUC on the same studies, {told}{holm}{rest}.", "One metric alone ranks nothing."]
+    return [f"{by}, {told}{holm}{rest}.", "One metric alone ranks nothing."]
 
 
 def _difference(result: StudyResult, pair: AreaComparison) -> str:

@@ -1,0 +1,108 @@
+"""The sentences that open a report, and what tables say of slice counts: made from the figures, never a ranking."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from result_factory import make_comparisons, make_result, with_auc, with_metric, with_part
+
+from lbp_ray.intervals import WIDENED
+from lbp_ray.report.details import detail_tables
+from lbp_ray.report.verdict import comparison, verdict_sentences
+from lbp_ray.report.words import metric, number
+from lbp_ray.result import BayesReference, Interval
+
+
+@pytest.fixture(scope="module")
+def result():
+    return make_result()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "first"),
+    [
+        (((0.6, 0.8), (0.6, 0.8), (0.51, 0.7)), "Better than chance with 1, 3 and 5 slices."),
+        (
+            ((0.6, 0.8), (0.5, 0.7), (0.4, 0.6)),
+            "Better than chance with 1 slice; not shown to be better than chance with 3 and 5 slices.",
+        ),
+        (((0.4, 0.6),) * 3, "Not shown to be better than chance with 1, 3 and 5 slices."),
+    ],
+    ids=["all above", "an end on 0.5 includes it", "none"],
+)
+def test_verdict_follows_the_intervals(result, bounds, first):
+    assert verdict_sentences(with_auc(result, *bounds))[0] == first
+
+
+def test_verdict_below_chance_names_the_likely_fault(result):
+    assert "swapped labels" in verdict_sentences(with_auc(result, (0.2, 0.4)))[0]
+
+
+def test_verdict_never_ranks_slice_counts_that_do_not_differ(result):
+    text = " ".join(verdict_sentences(result))
+    assert "1, 3 and 5 slices are not distinguishable here (smallest p\u00a0=\u00a00.640, Holm over 3 pairs)" in text
+    assert "does not make them equal" in text
+    assert comparison(result, "roc_auc") == "not distinguishable here"
+    assert not re.search(r"\b(best with|worst|highest|lowest|outperform|superior)", text)
+
+
+def test_verdict_names_pairs_that_differ_on_the_same_studies():
+    result = make_result(comparisons=make_comparisons((1, 3, 5), k1_k5=0.012))
+    text = " ".join(verdict_sentences(result))
+    assert "5 slices lie 0.10 above 1 slice (95\u202f% interval 0.02 to 0.18, p\u00a0=\u00a00.012)" in text
+    assert "Holm over 3 pairs; the other pairs are not distinguishable here." in text
+    assert comparison(result, "roc_auc") == "differ: 1 | 5 (p\u00a0=\u00a00.012)"
+
+
+def test_metrics_without_a_paired_test_are_not_compared(result):
+    apart = with_metric(result, "recall", 0, interval=Interval(low=0, high=0.2, level=0.95, method=""))
+    assert comparison(apart, "recall") == "not tested"
+
+
+def test_verdict_says_how_large_a_difference_may_still_be(result):
+    widest = max(result.comparisons, key=lambda pair: pair.high - pair.low)
+    told = f"the widest interval of a difference is {number(widest.low)} to {number(widest.high)}."
+    assert told in " ".join(verdict_sentences(result))
+
+
+def test_widened_intervals_are_said_to_be(result):
+    assert "widened" not in verdict_sentences(result)[-1]
+    held = metric(result.slice_counts[0], "roc_auc").interval
+    wide = held.model_copy(update={"method": f"{held.method}{WIDENED}"})
+    told = verdict_sentences(with_metric(result, "roc_auc", 0, interval=wide))[-1]
+    assert told.endswith(
+        "Out of fold they are widened, because each patient trained the networks that score the others."
+    )
+
+
+def test_every_pair_of_slice_counts_has_a_row(result):
+    (sheet,) = (sheet for sheet in detail_tables(result) if sheet.name == "comparisons")
+    assert [row[0] for row in sheet.rows] == ["3 slices − 1 slice", "5 slices − 1 slice", "5 slices − 3 slices"]
+    assert {row[-1] for row in sheet.rows} == {"not distinguishable here"}
+    assert [record["low"] for record in sheet.records] == [pair.low for pair in result.comparisons]
+
+
+def test_verdict_counts_pairs_when_there_are_many():
+    counts = (1, 3, 5, 7)
+    given = {"k1_k3": 0.01, "k1_k5": 0.01, "k1_k7": 0.01, "k3_k7": 0.02}
+    many = make_result(counts, (0.9,) * 4, comparisons=make_comparisons(counts, **given))
+    text = " ".join(verdict_sentences(with_auc(many, (0.4, 0.5), (0.55, 0.7), (0.6, 0.7), (0.6, 0.8))))
+    assert "4 of 6 pairs of slice counts differ; the other pairs are not distinguishable here." in text
+    assert "that of 1 slice includes 0.5" in text
+
+
+def test_verdict_measures_distance_to_the_ceiling(result):
+    bounds = ((0.7, 0.8), (0.6, 0.8), (0.6, 0.7))
+    assert "The estimates stay 0.21 to 0.31 below it." in verdict_sentences(with_auc(result, *bounds))
+    over = result.model_copy(update={"bayes": BayesReference(realised_auc=0.6, num_studies=160)})
+    assert "luck or leakage" in " ".join(verdict_sentences(over))
+
+
+def test_verdict_reads_the_permutations(result):
+    null = result.slice_counts[2].permutation
+    weak = with_part(result, 2, permutation=null.model_copy(update={"p_value": 0.21, "mean": 0.56}))
+    text = " ".join(verdict_sentences(weak)).replace("\u00a0", " ")
+    assert "stands out with 1 slice (p = 0.005) and 3 slices (p = 0.005)" in text
+    assert "does not stand out with 5 slices (p = 0.210)" in text
+    assert "With 5 slices the shuffled labels do not average 0.50" in text
