@@ -16,8 +16,9 @@ import torch
 from lbp_ray.features import extract
 from lbp_ray.nets.resnet import build_backbone, build_head, standardise
 from lbp_ray.nets.weights import load_backbone_weights
+from lbp_ray.samples import Samples, batch_order
 from lbp_ray.study import Recipe
-from lbp_ray.training import Samples, adam, batch_order, train_epoch
+from lbp_ray.training import adam, train_epoch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from lbp_ray.streaming import FeatureFile
+
 
 class TrialError(ValueError):
     """A trial that cannot give a valid result."""
@@ -46,6 +48,8 @@ class TrialSpec(FrozenModel):
     crops_hash: str
     split_hash: str
     weights_hash: str
+    workers: int = 1
+    """Workers that share each batch: as many parts are summed, which moves float32 in the last digits."""
     numerics_version: int = NUMERICS_VERSION
 
     @property
@@ -91,6 +95,8 @@ class Shared:
     weights_seed: int
     weights_hash: str
     device: str
+    block_studies: int | None = None
+    """Studies per block of the shuffle, or None where all slices are shuffled."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,8 @@ class TrialData:
     """Stored pixel values of every cropped study (memory map)."""
     crop_row_N: np.ndarray
     """Row of each study in the crops."""
-    features_NKF: Tensor | None
-    """Frozen-backbone features, or None when the recipe recomputes them."""
+    features_NKF: Tensor | FeatureFile | None
+    """Frozen-backbone features, in memory or on disk, or None when the recipe recomputes them."""
     study_ids: tuple[str, ...]
     patient_ids: tuple[str, ...]
     labels_N: np.ndarray
@@ -113,3 +119,8 @@ class TrialData:
     """Slice number in the store."""
     offset_mm_NK: np.ndarray
     """Signed distance from the mid-sagittal slice."""
+
+    @property
+    def patient_of(self) -> dict[str, str]:
+        """Patient of each study."""
+        return dict(zip(self.study_ids, self.patient_ids, strict=True))

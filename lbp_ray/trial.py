@@ -11,7 +11,10 @@ import pandas as pd
 import torch
 
 from lbp_ray.cell import TrialError
-from lbp_ray.training import EpochRecord, Training
+from lbp_ray.segment.loop import rank_and_world
+from lbp_ray.selection import EpochRecord
+from lbp_ray.sharing import from_first
+from lbp_ray.training import Training
 from preprocess.commit import committed_directory
 
 if TYPE_CHECKING:
@@ -19,11 +22,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from lbp_ray.cell import TrialData, TrialPlace, TrialSpec
-    from lbp_ray.training import Resident, Samples
+    from lbp_ray.resident import Resident
+    from lbp_ray.samples import Samples
 
 
 def run_trial(spec: TrialSpec, data: TrialData, resident: Resident, place: TrialPlace) -> Iterator[EpochRecord]:
-    """Train one cell, yield its learning curve and commit its predictions.
+    """Train one cell, yield its learning curve and commit its predictions; the first of several workers writes.
 
     Parameters
     ----------
@@ -44,19 +48,39 @@ def run_trial(spec: TrialSpec, data: TrialData, resident: Resident, place: Trial
     Raises
     ------
     TrialError
-        If a class is missing or a loss or score is not finite.
+        If a class is missing, a loss or score is not finite, or another number of workers runs than was planned.
+
+    Notes
+    -----
+    The network that stays is the best of the chosen epochs, also where several were averaged.
     """
-    if place.is_complete:
+    rank, world = rank_and_world()
+    if world != spec.workers:
+        msg = f"{spec.cell.name} was planned for {spec.workers} worker(s), {world} run(s)"
+        raise TrialError(msg)
+    if from_first(place.is_complete):
         place.checkpoint.unlink(missing_ok=True)  # left by a kill right after the commit
         yield from (EpochRecord(**row) for row in _read_history(place.final))
         return
-    shutil.rmtree(place.final, ignore_errors=True)  # committed by a study that kept no network
+    if rank == 0:
+        shutil.rmtree(place.final, ignore_errors=True)  # committed by a study that kept no network
     torch.set_num_threads(spec.recipe.threads)
     training = Training(spec, data, resident)
     yield from training.epochs(place.checkpoint)
+    tables = {
+        "out_of_fold": _predictions(training, training.validation),
+        "holdout": _predictions(training, training.holdout),
+    }
+    if rank == 0:
+        _commit(training, tables, place)
+
+
+def _commit(training: Training, tables: dict[str, pd.DataFrame], place: TrialPlace) -> None:
+    """Write what a trial leaves, and drop its checkpoint."""
+    spec = training.spec
     with committed_directory(place.final, point="trial") as folder:
-        _predictions(training, training.validation).to_parquet(folder / "out_of_fold.parquet", index=False)
-        _predictions(training, training.holdout).to_parquet(folder / "holdout.parquet", index=False)
+        for name, table in tables.items():
+            table.to_parquet(folder / f"{name}.parquet", index=False)
         pd.DataFrame(training.history).to_parquet(folder / "history.parquet", index=False)
         if place.keep_model:
             model = {"backbone": training.backbone.state_dict(), "head": training.head.state_dict()}
@@ -64,7 +88,9 @@ def run_trial(spec: TrialSpec, data: TrialData, resident: Resident, place: Trial
         record = {
             "trial_id": spec.trial_id,
             "spec": spec.model_dump(mode="json"),
-            "environment": environment(resident.device),
+            "epochs": training.scoring_epochs,
+            "environment": environment(training.device),
+            "seconds": training.seconds,
         }
         (folder / "trial.json").write_text(json.dumps(record, indent=1))
     place.checkpoint.unlink(missing_ok=True)
@@ -72,16 +98,13 @@ def run_trial(spec: TrialSpec, data: TrialData, resident: Resident, place: Trial
 
 def _predictions(training: Training, samples: Samples) -> pd.DataFrame:
     """One row per slice: where it is and its probability."""
-    data, logits_M = training.data, training.logits(samples)
-    if not np.isfinite(logits_M).all():
-        msg = f"{training.spec.cell.name}: {int((~np.isfinite(logits_M)).sum())} score(s) are not finite"
-        raise TrialError(msg)
+    data = training.data
     return pd.DataFrame(
         {
             "study_id": [data.study_ids[row] for row in samples.study_M],
             "slice_index": data.slice_index_NK[samples.study_M, samples.offset_M],
             "slice_offset_mm": data.offset_mm_NK[samples.study_M, samples.offset_M],
-            "probability": 1.0 / (1.0 + np.exp(-logits_M)),
+            "probability": training.probabilities(samples),
         }
     )
 

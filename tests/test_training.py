@@ -12,7 +12,9 @@ from lbp_ray.cell import TrialError, TrialPlace
 from lbp_ray.features import FeatureCacheError, extract, features_id
 from lbp_ray.nets.resnet import build_head, set_batchnorm_mode, standardise
 from lbp_ray.nets.weights import RESNET50, VGG11_BN, WeightsError, load_backbone_weights, weights_sha256
-from lbp_ray.training import Resident, Training, batch_order, select_samples
+from lbp_ray.resident import Resident
+from lbp_ray.samples import batch_order, select_samples
+from lbp_ray.training import Training, learning_rate
 from lbp_ray.trial import run_trial
 
 FOLDS = [0, 0, 1, 1, 1, 1, 0, 0, -1, -1]
@@ -47,6 +49,7 @@ def naive_logits(data, spec, backbone):
     held_out = select_samples(data, np.flatnonzero(data.folds_N == 0), spec.cell.num_slices)
     for epoch in range(1, recipe.frozen_epochs + 1):
         order = batch_order(seed=spec.cell.seed, epoch=epoch, size=train.size)
+        optimiser.param_groups[0]["lr"] = learning_rate(recipe, epoch)
         for start in range(0, train.size, recipe.batch_size):
             rows = order[start : start + recipe.batch_size]
             images = standardise(torch.from_numpy(data.crops_NKHW[train.study_M[rows], train.offset_M[rows]]))
@@ -60,11 +63,12 @@ def naive_logits(data, spec, backbone):
         return model(images)[:, 0]
 
 
-def test_cached_training_is_bit_equal_to_the_whole_network_in_the_loop(backbone):
+@pytest.mark.parametrize("epochs", [3, pytest.param(40, marks=pytest.mark.slow)])
+def test_cached_training_is_bit_equal_to_the_whole_network_in_the_loop(backbone, epochs):
     data = with_features(make_data([0, 0, 1, 1, 1, 1], shape=(400, 200), offsets=1), backbone)
-    spec = make_spec(frozen_epochs=3, unfrozen_epochs=0)
+    spec = make_spec(frozen_epochs=epochs, unfrozen_epochs=0)
     training = Training(spec, data, Resident(copy.deepcopy(backbone)))
-    for epoch in range(1, 4):
+    for epoch in range(1, epochs + 1):
         training._epoch(epoch, "frozen")
     cached = torch.from_numpy(training.logits(training.validation)).float()
     assert torch.equal(cached, naive_logits(data, spec, backbone))
@@ -125,6 +129,36 @@ def test_adam_moments_are_kept_or_reset_at_unfreezing(data, backbone):
         training._epoch(1, "frozen")
         training.unfreeze()
         assert training.optimiser.state.get(training.head.bias, {}).get("step") == steps
+
+
+def test_passes_give_what_a_whole_batch_gives_and_hold_fewer_images(data, backbone, tmp_path):
+    apart = {"num_slices": 3, "fold_training": False}  # rounds less
+    whole = run(make_spec(**apart), data, backbone, tmp_path)[1]
+    spec, sizes = make_spec(**apart, images_per_pass=3), []
+    training = Training(spec, data, Resident(copy.deepcopy(backbone)))
+    training.unfreeze()
+    training._network.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
+    training.rehearse(1)
+    assert sizes[:2] == [3, 1]
+    assert max(sizes) == 3
+    np.testing.assert_allclose(run(spec, data, backbone, tmp_path)[1], whole, rtol=1e-3)
+
+
+def test_carried_norms_move_scores_by_rounding_only(data, backbone, tmp_path):
+    apart, carried = (run(make_spec(fold_training=fold), data, backbone, tmp_path)[1] for fold in (False, True))
+    np.testing.assert_allclose(apart, carried, rtol=1e-2)
+    assert not np.array_equal(apart, carried)
+
+
+def test_seconds_are_kept_over_an_interruption(data, backbone, tmp_path):
+    spec, checkpoint = make_spec(), tmp_path / "checkpoint.pt"
+    first, second = (Training(spec, data, Resident(copy.deepcopy(backbone))) for _ in range(2))
+    next(epochs := first.epochs(checkpoint))
+    for _ in range(spec.recipe.frozen_epochs - 1):
+        next(epochs)
+    list(second.epochs(checkpoint))
+    assert second.seconds["frozen"] == first.seconds["frozen"] > 0
+    assert second.seconds["unfrozen"] > 0 < second.seconds["evaluation"]
 
 
 def test_learning_rate_drops_once(data, backbone, tmp_path):

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.train
 from ray import tune
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.tune.integration.ray_train import TuneReportCallback
+from ray.train.torch import get_device
 from tqdm import tqdm
 
+from lbp_ray.distributed.workers import run_workers
 from lbp_ray.segment.network import FoldPlace, FoldSpec, SegmentError, place_of
 
 if TYPE_CHECKING:
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 WAITING = {"memory": 1.0}
 """What a trial takes that only waits for its network's workers: a byte, because Tune refuses to give nothing."""
-
-START_S = 300
-"""Seconds within which the workers of one network must have met each other."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -62,29 +59,8 @@ def network_trial(
 
     def trial(cell: dict[str, str]) -> None:
         spec, place = cells[cell["name"]]
-        report: Any = TuneReportCallback()  # type: ignore[no-untyped-call]
-        gpus = {"GPU": compute.gpus_per_worker} if compute.gpus_per_worker else {}
-        TorchTrainer(
-            train_worker,
-            train_loop_config={
-                "spec": spec,
-                "place": place,
-                "folder": folder,
-                "checkpoint_s": compute.checkpoint_s,
-            },
-            torch_config=TorchConfig(timeout_s=START_S),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=spec.workers,
-                use_gpu=bool(gpus),
-                resources_per_worker={"CPU": spec.recipe.threads, **gpus},
-            ),
-            run_config=ray.train.RunConfig(
-                name=f"{spec.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-                storage_path=str(storage),
-                failure_config=ray.train.FailureConfig(max_failures=compute.max_failures),
-                callbacks=[report],
-            ),
-        ).fit()
+        given = {"spec": spec, "place": place, "folder": folder, "checkpoint_s": compute.checkpoint_s}
+        run_workers(train_worker, given, spec.name, compute=compute, storage=storage)
 
     return trial
 

@@ -5,6 +5,8 @@ Nothing here imports torch, because these processes only wait: they start at onc
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -15,13 +17,45 @@ if TYPE_CHECKING:
 
     from lbp_ray.cell import Shared, TrialPlace, TrialSpec
 
+SEE_ALL_GPUS = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+"""Runtime environment of calls on GPUs. CUDA looks at the visible GPUs once per process, and Ray gives a process that
+it uses again another GPU: a call therefore sees all and takes the one it was given."""
+
+
+def on_given_gpu(shared: Shared) -> Shared:
+    """Name the GPU that Ray gave this call, of all that its process sees; nothing changes on a CPU."""
+    given = [str(number) for number in ray.get_gpu_ids()]
+    if shared.device != "cuda" or not given:
+        return shared
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return replace(shared, device=f"cuda:{visible.split(',').index(given[0]) if visible else given[0]}")
+
 
 @ray.remote(max_retries=0, num_returns="streaming")
 def run_cell(shared: Shared, spec: TrialSpec, place: TrialPlace) -> Iterator[dict[str, Any]]:
     """Run one cell and stream its learning curve; the commit happens in this call, not in the waiting trial."""
     from lbp_ray.distributed.worker import train_cell
 
-    yield from train_cell(shared, spec, place)
+    yield from train_cell(on_given_gpu(shared), spec, place)
+
+
+@ray.remote(max_retries=0, max_calls=1)
+def measured_share(shared: Shared, spec: TrialSpec) -> tuple[float, str]:
+    """Return the share of a GPU that a trial takes, and a sentence about it; the process ends and frees its memory."""
+    from lbp_ray.distributed.worker import resident, trial_data
+    from lbp_ray.packing import gpus_for, measure_peak
+
+    given = on_given_gpu(shared)
+    peak = measure_peak(spec, trial_data(given), resident(given))
+    share = gpus_for(peak)
+    taken, total = (value / 2**30 for value in peak)
+    return share, f"a trial takes {taken:.1f} of a GPU's {total:.0f} GiB: {int(1 / share)} share one"
+
+
+def options(name: str, resources: dict[str, float]) -> dict[str, Any]:
+    """Return Ray's options of a named call that takes these resources."""
+    given: dict[str, Any] = {"name": name, "num_cpus": resources["CPU"], "num_gpus": resources["GPU"]}
+    return given | {"runtime_env": SEE_ALL_GPUS} if resources["GPU"] else given
 
 
 def waiting_trial(
@@ -41,7 +75,7 @@ def waiting_trial(
 
     def trial(cell: dict[str, str]) -> None:
         spec, place = cells[cell["name"]]
-        call = run_cell.options(name=spec.cell.name, num_cpus=resources["CPU"], num_gpus=resources["GPU"])
+        call = run_cell.options(**options(spec.cell.name, resources))
         for record in call.remote(shared, spec, place):  # type: ignore[attr-defined]
             tune.report(ray.get(record))
 

@@ -1,4 +1,4 @@
-"""ResNet50 as a feature backbone plus a last layer of one logit.
+"""ResNet50 as a feature backbone plus a last layer.
 
 Shape suffixes: B batch, C channels, H rows, W columns, F features, P outputs.
 """
@@ -58,6 +58,29 @@ def build_head(*, seed: int, num_outputs: int = 1) -> nn.Linear:
     return head
 
 
+class TwoLogits(nn.Linear):
+    """A last layer with a logit per class: a softmax over both is the sigmoid of their difference, which it returns."""
+
+    def forward(self, features_BF: Tensor) -> Tensor:
+        """Map (B, 2048) features to (B, 1) differences, symptomatic minus asymptomatic."""
+        logits_B2 = super().forward(features_BF)
+        return logits_B2[:, 1:] - logits_B2[:, :1]
+
+
+def build_two_logit_head(*, seed: int) -> TwoLogits:
+    """Build the last layer with a logit per class, with PyTorch's default initial values, drawn from `seed` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TwoLogits(NUM_FEATURES, 2)
+
+
+def load_head(state: StateDict) -> nn.Linear:
+    """Rebuild a trained last layer of either kind from its state dict."""
+    head = TwoLogits(NUM_FEATURES, 2) if len(state["bias"]) == 2 else nn.Linear(NUM_FEATURES, 1)
+    head.load_state_dict(state)
+    return head
+
+
 def set_batchnorm_mode(module: nn.Module, mode: Literal["eval", "train"]) -> None:
     """Put every BatchNorm layer in eval (constant statistics) or train (drifting statistics) mode."""
     for layer in module.modules():
@@ -65,18 +88,20 @@ def set_batchnorm_mode(module: nn.Module, mode: Literal["eval", "train"]) -> Non
             layer.train(mode == "train")
 
 
-def standardise(pixels_BHW: Tensor) -> Tensor:
+def standardise(pixels_BHW: Tensor, *, channels: int = 3) -> Tensor:
     """Standardise each image by its own mean and standard deviation and copy it to three channels.
 
     Parameters
     ----------
     pixels_BHW
         Stored pixel values, any real type.
+    channels
+        Copies; a network of `lbp_ray.nets.folding.fold` takes one.
 
     Returns
     -------
     torch.Tensor
-        (B, 3, H, W) float32 in channels_last.
+        (B, channels, H, W) float32 in channels_last.
 
     Raises
     ------
@@ -95,4 +120,4 @@ def standardise(pixels_BHW: Tensor) -> Tensor:
         msg = f"image {blank} of the batch is constant; a blank crop cannot be standardised"
         raise ValueError(msg)
     image_B1HW = ((values - mean) / std).unsqueeze(1)
-    return image_B1HW.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    return image_B1HW.expand(-1, channels, -1, -1).contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,149 @@
+"""What Ray Tune adds to each trial: one process per trial, as usual, against trials that wait for a remote call.
+
+Both run the same small body, a last layer trained for `STEPS` steps, on the same local cluster in turn. The usual way
+is a function trainable that imports torch and holds the trial's CPU. The project's is `lbp_ray.distributed.waiter`:
+the trial waits without importing torch, and the body runs in worker processes that stay. The project runs as many
+trials as the study has, start-up included; the usual way runs a few, and what its start-up takes is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import numpy as np
+import ray
+import torch
+from ray import tune
+
+from benchmarks.arithmetic import oulu_sizes
+from benchmarks.synthetic import make_specs
+from benchmarks.timing import ROUNDS, gemm, interleave, spread
+from lbp_ray.cell import TrialPlace
+from lbp_ray.distributed import waiter
+from lbp_ray.plan.counts import count
+from lbp_ray.study import Recipe
+from preprocess.job import connect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from lbp_ray.cell import Shared, TrialSpec
+
+SLOTS = 2
+"""Trials at a time."""
+
+USUAL_TRIALS = (2, 12)
+"""Trials of a short and a longer run of the usual way: the difference is what more trials cost."""
+
+STEPS = 28
+GPU_STUDY_S = 300.0
+"""Wall-clock goal of the study on one GPU."""
+
+
+def measure(*, quick: bool = False) -> Iterator[dict[str, object]]:
+    """Yield the ratio of wall seconds per trial, and what the project's are of a study's."""
+    few, many = (2, 4) if quick else USUAL_TRIALS
+    trials, rounds = (6, 1) if quick else (count(oulu_sizes()).trials, ROUNDS)
+    specs = make_specs(Recipe(weights="random"), folds=trials, seeds=[0], slice_counts=[1])
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    with tempfile.TemporaryDirectory() as folder, connect(SLOTS):
+        cases: dict[str, Callable[[], object]] = {
+            "few": lambda: _usual(specs[:few], folder),
+            "many": lambda: _usual(specs[:many], folder),
+            "project": lambda: _waiting(specs, folder),
+        }
+        seconds = interleave(cases, rounds=rounds, clock=time.perf_counter)
+        body_s = min(_body_seconds())
+    each = {
+        "one process per trial": SLOTS * (seconds["many"] - seconds["few"]) / (many - few),
+        "project": SLOTS * seconds["project"] / trials,
+    }
+    conditions = (
+        f"{SLOTS} slots, {rounds} round(s), wall clock, a body of {1e3 * body_s:.0f} ms; one process per trial: {many} "
+        f"trials less {few}; project: {trials} trials with start-up"
+    )
+    yield {
+        "figure": "slot-seconds per trial: one process per trial / project",
+        **spread(each["one process per trial"] / each["project"]),
+        "at_least": 5,
+        "slot_s_per_trial": {name: spread(values) for name, values in each.items()},
+        "conditions": conditions,
+    }
+    yield _share(float(np.median(each["project"])), conditions)
+
+
+def _share(overhead_s: float, conditions: str) -> dict[str, object]:
+    """Overhead of 150 trials over the least that the study can take: its operations at the bfloat16 gemm peak."""
+    torch.set_num_threads(1)
+    counts = count(oulu_sizes())
+    product, gflop = gemm(torch.bfloat16)
+    peak_s = float(np.median(interleave({"gemm": product})["gemm"])) * counts.cached_flop / 1e9 / gflop
+    total_s = counts.trials * overhead_s
+    return {
+        "figure": "Tune's overhead as a share of the full-size study on these cores (upper limit)",
+        "ratio": float(f"{total_s / peak_s:.3g}"),
+        "at_most": 0.05,
+        "arithmetic": f"{counts.trials} trials x {overhead_s:.3g} slot-s = {total_s:.3g} s, over "
+        f"{counts.cached_flop / 1e15:.2f} PFLOP at one core's bfloat16 gemm peak = {peak_s:.4g} core-s, less than the "
+        "study takes",
+        "share_of_a_300_s_study_on_one_gpu": float(f"{total_s / SLOTS / GPU_STUDY_S:.3g}"),
+        "conditions": conditions,
+    }
+
+
+def train_body() -> float:
+    """Train a last layer for some steps and return its last loss."""
+    import torch
+
+    torch.set_num_threads(1)
+    head, features = torch.nn.Linear(2048, 1), torch.ones(32, 2048)
+    optimiser = torch.optim.Adam(head.parameters(), fused=True)
+    for _ in range(STEPS):
+        optimiser.zero_grad()
+        loss = head(features).square().mean()
+        loss.backward()
+        optimiser.step()
+    return loss.item()
+
+
+def _body_seconds() -> Iterator[float]:
+    for _ in range(3):
+        begun = time.perf_counter()
+        train_body()
+        yield time.perf_counter() - begun
+
+
+def _fit(trainable: Any, specs: list[TrialSpec], folder: str, *, reuse: bool) -> None:  # noqa: ANN401
+    results = tune.Tuner(
+        trainable,
+        param_space={"name": tune.grid_search([spec.cell.name for spec in specs])},
+        tune_config=tune.TuneConfig(reuse_actors=reuse, trial_name_creator=lambda trial: str(trial.config["name"])),
+        run_config=tune.RunConfig(storage_path=folder, verbose=0),
+    ).fit()
+    assert not results.errors
+
+
+def _usual(specs: list[TrialSpec], folder: str) -> None:
+    def trial(config: dict[str, str]) -> None:
+        tune.report({"loss": train_body()})
+
+    _fit(tune.with_resources(trial, {"CPU": 1}), specs, folder, reuse=False)
+
+
+@ray.remote(max_retries=0, num_returns="streaming")
+def _cell_body(shared: Shared, spec: TrialSpec, place: TrialPlace) -> Iterator[dict[str, Any]]:
+    yield {"loss": train_body()}
+
+
+def _waiting(specs: list[TrialSpec], folder: Path) -> None:
+    place = TrialPlace(final=None, checkpoint=None)  # type: ignore[arg-type]  (the body reads none)
+    resources = {"CPU": 1.0, "GPU": 0.0}
+    with patch.object(waiter, "run_cell", _cell_body):
+        trial = waiter.waiting_trial(None, {spec.cell.name: (spec, place) for spec in specs}, resources)
+        trainable = tune.with_resources(trial, tune.PlacementGroupFactory([{}, resources]))
+        _fit(trainable, specs, folder, reuse=True)

@@ -1,0 +1,191 @@
+"""How trials are placed on GPUs, and what runs there, as far as a CPU can tell."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from study_factory import make_data, make_spec, random_backbone, with_features
+
+from lbp_ray.cell import Shared, TrialError
+from lbp_ray.distributed.waiter import SEE_ALL_GPUS, on_given_gpu, options
+from lbp_ray.gpu import CropsOnGpu, RecordedStep, fits
+from lbp_ray.nets.resnet import standardise
+from lbp_ray.packing import MOST_PER_GPU, Peak, gpus_for, measure_peak
+from lbp_ray.resident import Resident
+from lbp_ray.samples import SamplesOnGpu
+from lbp_ray.study import ComputeConfig
+from lbp_ray.training import Training, adam, training_step
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("taken", "total", "trials"),
+    [(6, 141, 8), (20, 80, 3), (24, 80, 3), (25, 80, 2), (40, 80, 1), (79, 80, 1), (0, 80, 8)],
+)
+def test_as_many_trials_share_a_gpu_as_fit(taken, total, trials):
+    share = gpus_for(Peak(taken * GIB, total * GIB))
+    assert int(1 / share) == trials <= MOST_PER_GPU
+    assert trials == 1 or trials * taken <= 0.9 * total
+
+
+@pytest.mark.parametrize("trials", range(1, MOST_PER_GPU + 1))
+def test_a_share_is_one_that_ray_can_count(trials):
+    """Rounded up to a ten-thousandth, six shares of a sixth would be more than a GPU, and five would run."""
+    share = gpus_for(Peak(900, 1000 * trials))
+    assert round(share * 10_000) * trials <= 10_000
+    assert share * 10_000 == pytest.approx(round(share * 10_000))
+
+
+@pytest.mark.parametrize(
+    ("given", "workers", "gpus"),
+    [
+        ({}, 1, 0.0),
+        ({"gpus_per_trial": 0.25}, 1, 0.25),
+        ({"gpus_per_trial": 1}, 1, 1.0),
+        ({"gpus_per_trial": 4}, 4, 1.0),
+        ({"gpus_per_trial": "auto"}, 1, 1.0),
+        ({"workers_per_trial": 2}, 2, 0.0),
+    ],
+    ids=str,
+)
+def test_workers_of_a_trial(given, workers, gpus):
+    compute = ComputeConfig(**given)
+    assert (compute.workers, compute.gpus_per_worker) == (workers, gpus)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gpus_per_trial": 1.5}, "several GPUs per trial must be a whole number"),
+        ({"gpus_per_trial": -1}, "greater than or equal to 0"),
+        ({"gpus_per_trial": "all"}, "'auto'"),
+        ({"gpus_per_trial": 2, "workers_per_trial": 2}, "set one of the two"),
+        ({"gpus_per_trial": "auto", "workers_per_trial": 2}, "set one of the two"),
+    ],
+    ids=str,
+)
+def test_what_no_trial_can_run_on_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        ComputeConfig(**given)
+
+
+def test_packing_does_not_change_what_a_trial_is():
+    from lbp_ray.config import load_config
+    from lbp_ray.study import StudyConfig
+    from lbp_ray.tune import plan_trials
+
+    hashes = {"crops_hash": "c", "split_hash": "s", "weights_hash": "w"}
+    path = Path(__file__).parents[1] / "configs" / "demo.yaml"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LBP_RAY_ROOT", "/data")
+        planned = [
+            plan_trials(load_config(StudyConfig, path, [f"compute.gpus_per_trial={gpus}"]), **hashes)
+            for gpus in ("0.25", "1", "auto", "4")
+        ]
+    first, *others = ([spec.trial_id for spec in specs] for specs in planned)
+    assert [first == other for other in others] == [True, True, False]
+
+
+# --- which GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "visible", "device"),
+    [([], "", "cuda"), ([1], "", "cuda:1"), (["3"], "2,3", "cuda:1"), (["GPU-b"], "GPU-a,GPU-b", "cuda:1")],
+)
+def test_a_used_process_takes_the_gpu_that_it_was_given(monkeypatch, given, visible, device):
+    monkeypatch.setattr("ray.get_gpu_ids", lambda: given)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    paths = dict.fromkeys(("crops", "split", "features"))
+    shared = Shared(**paths, weights="random", weights_seed=0, weights_hash="w", device="cuda")
+    assert on_given_gpu(shared).device == device
+
+
+@pytest.mark.ray
+def test_ray_lets_a_process_see_all_gpus_and_uses_it_again():
+    code = f"""
+import os, ray
+@ray.remote
+def call():
+    return os.getpid(), [str(number) for number in ray.get_gpu_ids()], os.environ.get("CUDA_VISIBLE_DEVICES")
+ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, log_to_driver=False)
+seen = [ray.get(call.options(**{options("x", {"CPU": 1.0, "GPU": 0.5})!r}).remote()) for _ in range(3)]
+assert len({{pid for pid, _, _ in seen}}) == 1, seen
+assert all(len(given) == 1 and not visible for _, given, visible in seen), seen
+"""
+    assert "SEE_ALL_GPUS" not in code
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    assert "runtime_env" not in options("x", {"CPU": 1.0, "GPU": 0.0})
+    assert options("x", {"CPU": 1.0, "GPU": 1.0})["runtime_env"] == SEE_ALL_GPUS
+
+
+# --- what runs there -------------------------------------------------------------------------------------------------
+
+
+def test_crops_on_a_device_are_standardised_as_elsewhere():
+    data = make_data([0, 0, 1, 1])
+    data.crops_NKHW[0, 0, 0, 0] = 65535  # beyond int16
+    held = CropsOnGpu(data.crops_NKHW, np.array([3, 0, 2]), "cpu")
+    images = held.images(torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1]))
+    expected = standardise(torch.from_numpy(data.crops_NKHW[[3, 0, 0], [2, 0, 1]]))
+    torch.testing.assert_close(images, expected, rtol=1e-6, atol=1e-6)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_blank_crop_is_refused_before_training():
+    data = make_data([0, 0, 1, 1])
+    data.crops_NKHW[2, 1] = 7
+    with pytest.raises(TrialError, match="crop 1 of study 2 is constant"):
+        CropsOnGpu(data.crops_NKHW, np.arange(4), "cpu")
+
+
+def test_only_crops_that_fit_stay_on_a_gpu(monkeypatch):
+    crops = make_data([0, 0, 1, 1]).crops_NKHW
+    assert fits(crops, 4)
+    assert not fits(crops.astype(np.float32), 4)
+    monkeypatch.setattr("lbp_ray.gpu.HELD_BYTES", crops.nbytes - 1)
+    assert not fits(crops, 4)
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(caplog):
+    """Without a GPU every recording fails; the head must come out as if none had been tried."""
+    recipe, heads = make_spec().recipe, [torch.nn.Linear(3, 1) for _ in range(2)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    features, targets = torch.randn(12, 3), torch.arange(12)[:, None] % 2 * 1.0
+    optimisers = [adam(list(head.parameters()), recipe) for head in heads]
+    plain, recorded = (
+        training_step(lambda batch, head=head: head(features[batch.study_M]), optimiser, targets)
+        for head, optimiser in zip(heads, optimisers, strict=True)
+    )
+    recorded = RecordedStep(recorded, optimisers[1], batch_size=2)
+    for rows in torch.arange(12).split(2):
+        batch = SamplesOnGpu(rows, rows)
+        assert torch.equal(plain(batch), recorded(batch))
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert [record.message.partition(" as a CUDA")[0] for record in caplog.records] == [
+        "the training step could not be recorded"
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_trains_what_a_cpu_trains(monkeypatch):
+    data = with_features(make_data([0, 0, *[1] * 40]), random_backbone())
+    spec, curves = make_spec(frozen_epochs=2), []
+    for device, warm_up in (("cpu", 3), ("cuda", 10**9), ("cuda", 3)):
+        monkeypatch.setattr("lbp_ray.gpu.WARM_UP_STEPS", warm_up)
+        training = Training(spec, data, Resident(copy.deepcopy(random_backbone()), device=device))
+        curves.append([training._epoch(epoch, "frozen").train_loss for epoch in (1, 2)])
+        training.unfreeze()
+        curves[-1].append(training._epoch(3, "unfrozen").train_loss)
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-2)
+    np.testing.assert_allclose(curves[2], curves[1], rtol=1e-3)
+    peak = measure_peak(spec, data, Resident(random_backbone(), device="cuda"))
+    assert 0 < peak.taken < peak.total
