@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import test_segment_run
@@ -17,33 +16,31 @@ from river import LIMIT_S, ROOT, expect, prepare_cohort, run, start, study_argum
 
 from preprocess.job import NODE_LOST_STATUS
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("kill")]
 
 STUDY = study_arguments("recipe.frozen_epochs=2", "slice_counts=[1]", "seeds=[0,1]", "evaluation.permutations=0")
 
 DRIVER_POINTS = [
-    f"{stage}:{side}-rename" for stage in ("crops", "split", "features", "result") for side in ("before", "after")
+    f"{stage}:{side}-rename"
+    for stage in ("split", "crops", "duplicates", "features", "result")
+    for side in ("before", "after")
 ]
 WORKER_POINTS = ["features:shard", "trial:checkpoint", "trial:before-rename", "trial:after-rename"]
 NUM_MOMENTS = 20
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(module_folder):
     """Root of a cohort with a finished study, and how long the study took, in seconds."""
-    root = tmp_path_factory.mktemp("kill")
-    prepare_cohort(root)
+    prepare_cohort(module_folder)
     begun = time.monotonic()
-    expect(root, "lbp_ray.tune", *STUDY)
-    return root, time.monotonic() - begun
+    expect(module_folder, "lbp_ray.tune", *STUDY)
+    return module_folder, time.monotonic() - begun
 
 
 def fresh_runs(root: Path, folder: Path) -> str:
     """Return the override that sends a study's runs to an empty folder."""
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder / "runs", ignore_errors=True)
     return f"paths.runs={folder / 'runs'}"
 
 
@@ -71,20 +68,29 @@ def test_commit_points_are_all_known():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", [*DRIVER_POINTS, *WORKER_POINTS])
-def test_kill_at_every_commit_point(undisturbed, tmp_path, point):
+def test_kill_of_the_driver_at_every_commit_point(undisturbed, tmp_path):
+    """Killed at one point after the other; every run goes on where the kill before left it."""
     root, _ = undisturbed
-    folder = tmp_path / "runs"
-    runs = fresh_runs(root, folder)
-    folder.mkdir(exist_ok=True)
-    status, output = run(root, "lbp_ray.tune", *STUDY, runs, LBP_RAY_KILL_AT=f"{point}@{folder / 'marker'}")
-    assert (folder / "marker").exists(), "the commit point was never reached"
-    if point in DRIVER_POINTS:
-        assert status == -signal.SIGKILL
-    else:
-        assert status == 0, output[-2000:]
-        assert tables(folder) == tables(root)
-    finish_and_compare(root, folder, runs)
+    runs = fresh_runs(root, tmp_path)
+    for number, point in enumerate(DRIVER_POINTS):
+        before, marker = committed_trials(tmp_path), tmp_path / f"marker{number}"
+        status, output = run(root, "lbp_ray.tune", *STUDY, runs, LBP_RAY_KILL_AT=f"{point}@{marker}")
+        assert marker.exists(), f"{point} was never reached: {output[-2000:]}"
+        assert status == -signal.SIGKILL, point
+        assert before.items() <= committed_trials(tmp_path).items(), f"{point}: a committed trial was run again"
+    finish_and_compare(root, tmp_path, runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", WORKER_POINTS)
+def test_kill_of_a_worker_at_every_commit_point(undisturbed, tmp_path, point):
+    root, _ = undisturbed
+    runs = fresh_runs(root, tmp_path)
+    status, output = run(root, "lbp_ray.tune", *STUDY, runs, LBP_RAY_KILL_AT=f"{point}@{tmp_path / 'marker'}")
+    assert (tmp_path / "marker").exists(), "the commit point was never reached"
+    assert status == 0, output[-2000:]
+    assert tables(tmp_path) == tables(root)
+    finish_and_compare(root, tmp_path, runs)
 
 
 def descendants(pid: int) -> dict[int, str]:
@@ -108,31 +114,41 @@ def descendants(pid: int) -> dict[int, str]:
     return found
 
 
-def wait_until_gone(pids: Iterable[int], limit_s: float = 60.0) -> None:
-    """Wait for the orphans of a killed driver: one may still commit its trial, which would not be the rerun's."""
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Processes of Ray that stay when a driver is killed; they commit nothing."""
+
+
+def end_orphans(below: dict[int, str], limit_s: float = 60.0) -> None:
+    """Wait for the orphans of a killed driver, one of which may still commit its trial, and kill Ray's agents."""
+
+    def left() -> dict[int, str]:
+        return {pid: command for pid, command in below.items() if Path(f"/proc/{pid}").exists()}
+
     end = time.monotonic() + limit_s
-    while time.monotonic() < end and any(Path(f"/proc/{pid}").exists() for pid in pids):
+    while time.monotonic() < end and any(not command.startswith(AGENTS) for command in left().values()):
         time.sleep(0.2)
+    for pid in left():
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", range(NUM_MOMENTS))
-def test_kill_at_a_random_moment(undisturbed, tmp_path, moment):
-    """Even moments kill the driver, odd ones a Ray worker, at a seeded share of the undisturbed run's duration."""
+@pytest.mark.parametrize("pair", range(NUM_MOMENTS // 2))
+def test_kills_at_two_random_moments(undisturbed, tmp_path, pair):
+    """The first kills a Ray worker, the second the driver, at seeded shares of the undisturbed run's duration."""
     root, duration_s = undisturbed
     runs = fresh_runs(root, tmp_path / "runs")
-    chance = random.Random(moment)
+    chance = random.Random(pair)
+    first_s, second_s = sorted(chance.uniform(0.05, 0.95) * duration_s for _ in range(2))
     process = start(root, "lbp_ray.tune", *STUDY, runs)
-    time.sleep(chance.uniform(0.05, 0.95) * duration_s)
+    time.sleep(first_s)
+    workers = [pid for pid, command in descendants(process.pid).items() if command.startswith("ray::")]
+    for pid in chance.sample(sorted(workers), min(1, len(workers))):
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(second_s - first_s)
     below = descendants(process.pid)
-    if moment % 2 == 0:
-        process.kill()
-    else:
-        workers = [pid for pid, command in below.items() if command.startswith("ray::")]
-        for pid in chance.sample(sorted(workers), min(1, len(workers))):
-            os.kill(pid, signal.SIGKILL)
+    process.kill()
     process.communicate(timeout=LIMIT_S)
-    wait_until_gone(below)
+    end_orphans(below)
     finish_and_compare(root, tmp_path / "runs", runs)
 
 
@@ -149,7 +165,7 @@ def test_a_lost_node_ends_the_driver_with_what_to_do(undisturbed, tmp_path):
     agents = [pid for pid, command in below.items() if command == "ray::RuntimeEnvAgent"]
     os.kill(agents[0], signal.SIGKILL)
     output, _ = process.communicate(timeout=LIMIT_S)
-    wait_until_gone(below)
+    end_orphans(below)
     assert process.returncode == NODE_LOST_STATUS
-    assert "the Ray node of this machine has died; run the same command again" in output
+    assert "Ray node or the cluster's head has died; run the same command again" in output
     finish_and_compare(root, tmp_path / "runs", runs)

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,9 +35,9 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory):
+def head(module_folder):
     """Start `make head`; yield where it is and the environment of a second terminal."""
-    root = tmp_path_factory.mktemp("river")
+    root = module_folder
     prepare_cohort(root)
     folder = Path(tempfile.mkdtemp(prefix="lbp", dir="/tmp"))  # socket paths must stay short
     url = f"http://127.0.0.1:{free_port()}"
@@ -87,15 +89,21 @@ def listed(head, what):
     """Return the rows of ``ray list tasks`` or ``ray list jobs``."""
     command = ["ray", "list", what, "--format", "json", "--limit", "1000"]
     text = subprocess.run(command, cwd=ROOT, env=head.environment, check=True, capture_output=True, text=True).stdout
-    return json.loads(text)
+    return json.loads(text) if text.lstrip().startswith("[") else []  # it says so in words where there is none yet
 
 
 def exported_cells(head):
-    """Return the cells that the metrics endpoints show a validation AUC of."""
+    """Return the cells that the metrics endpoints show a validation AUC of.
+
+    Ray also lists a fixed port of its autoscaler, which another Ray on this machine may have taken and left since.
+    """
     (discovery,) = json.loads((head.folder / "ray" / "prom_metrics_service_discovery.json").read_text())
     found = set()
     for target in discovery["targets"]:
-        page = urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
+        try:
+            page = urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
+        except urllib.error.URLError:
+            continue
         found |= set(re.findall(r'^ray_lbp_ray_validation_auc\{.*?\bcell="([^"]+)"', page, flags=re.MULTILINE))
     return found
 
@@ -190,22 +198,71 @@ def test_stranger_is_refused(head):
     assert token.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.browser
-def test_dashboard_lists_the_cells_by_name(head, study):
-    studies = (job for job in listed(head, "jobs") if "lbp_ray.tune --config" in job["entrypoint"])
-    (job,) = (job["job_id"] for job in studies if job["status"] == "SUCCEEDED")
+ROWS = "[...document.querySelectorAll('tbody tr')].map(row => row.innerText).join()"
+
+FOLD = """
+for (const heading of document.querySelectorAll('h4'))
+  if (/^(Logs|Task Timeline|Cluster status)/.test(heading.textContent)) heading.click();
+document.querySelectorAll('*').forEach(element => { element.scrollTop = 0 });
+"""
+"""Leaves the job's state and its table of tasks, for a picture."""
+
+
+@contextmanager
+def open_cells(head, job):
+    """Open a job's page in the dashboard, its table of tasks filtered for cells."""
     token = (head.folder / ".ray" / "auth_token").read_text()
     heading = "[...document.querySelectorAll('h4')].find(e => e.textContent === 'Task Table')"
     names = "[...document.querySelectorAll('label')].find(e => e.textContent === 'Function or Class Name')"
-    rows = "[...document.querySelectorAll('tbody tr')].map(row => row.innerText).join()"
-    with open_page(f"{head.url}/#/jobs/{job}", {"ray-authentication-token": token}) as page:
+    cookies = {"ray-authentication-token": token}
+    with open_page(f"{head.url}/#/jobs/{job}", cookies, size=(1200, 1450)) as page:
         page.wait_for(f"Boolean({heading})")
         page.evaluate(f"{heading}.click()")
         page.wait_for(f"Boolean({names})")
         page.evaluate(f"{names}.parentElement.querySelector('input').focus()")
         page.type("run_cell")
-        page.wait_for(f"{rows}.match(/k\\d-fold\\d\\d-seed\\d/g)?.length === {len(CELLS)}")
-        assert set(re.findall(r"k\d-fold\d\d-seed\d", page.evaluate(rows))) == CELLS
+        yield page
+
+
+@pytest.mark.browser
+def test_dashboard_lists_the_cells_by_name(head, study):
+    studies = (job for job in listed(head, "jobs") if "lbp_ray.tune --config" in job["entrypoint"])
+    (job,) = (job["job_id"] for job in studies if job["status"] == "SUCCEEDED")
+    with open_cells(head, job) as page:
+        page.wait_for(f"{ROWS}.match(/k\\d-fold\\d\\d-seed\\d/g)?.length === {len(CELLS)}")
+        assert set(re.findall(r"k\d-fold\d\d-seed\d", page.evaluate(ROWS))) == CELLS
+
+
+@pytest.fixture
+def running(head):
+    """Submit a study that is long enough to be looked at; yield its job once it runs, and stop it."""
+    process = submit(head, "lbp_ray.tune", *study_arguments("name=seen", "recipe.unfrozen_epochs=400"))
+    try:
+        end = time.monotonic() + 120
+        while not (
+            found := [job for job in listed(head, "jobs") if "name=seen" in job["entrypoint"] and job["job_id"]]
+        ):
+            assert process.poll() is None, process.communicate()[0][-3000:]
+            assert time.monotonic() < end, "the job never ran"
+            time.sleep(1)
+        (job,) = found
+        yield job
+        subprocess.run(["ray", "job", "stop", job["submission_id"]], cwd=ROOT, env=head.environment, check=True)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+@pytest.mark.browser
+def test_dashboard_shows_a_running_study_with_its_cells(head, running, tmp_path):
+    with open_cells(head, running["job_id"]) as page:
+        page.wait_for(f"/k\\d-fold\\d\\d-seed\\d[^]*RUNNING/.test({ROWS})", timeout_s=180)
+        assert set(re.findall(r"k\d-fold\d\d-seed\d", page.evaluate(ROWS))) <= CELLS
+        assert "RUNNING" in page.evaluate("document.body.innerText").split("Ray Core Overview")[0]
+        page.evaluate(FOLD)
+        page.wait_for("!document.body.innerText.includes('Timeline view shows')")
+        page.picture(tmp_path / "dashboard.png")
+    assert (tmp_path / "dashboard.png").stat().st_size < 300_000
 
 
 @pytest.mark.browser
