@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 export LBP_RAY_ROOT ?= $(CURDIR)/demo
 export RAY_USAGE_STATS_ENABLED = 0
 export PYTHONUNBUFFERED = 1
+BENCH_OUT ?= $(CURDIR)/demo/bench
 HEAD_FOLDER ?= $(shell mktemp -d /tmp/ray-XXXX)
 
 .PHONY: help demo demo-roi test test-slow lint bench head clean-demo
@@ -13,9 +14,9 @@ help:
 	@echo "make demo       synthetic DICOM -> store -> trials -> report, under $(LBP_RAY_ROOT)"
 	@echo "make demo-roi   the region finder on a synthetic cohort of its own (about 15 minutes), under demo-roi/"
 	@echo "make test       the tests (under 10 minutes on 2 cores)"
-	@echo "make test-slow  the slow ones: kill -9 at many moments, 20 other cohorts"
+	@echo "make test-slow  the slow ones: kill -9 at many moments, 20 other cohorts, SLURM, three hosts, browser (about an hour; some need root)"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      benchmarks, as ratios"
+	@echo "make bench      benchmarks, as ratios, with a table and a plot under $(BENCH_OUT) (about 40 minutes; BENCH_OPTIONS=--quick for a smoke test)"
 	@echo "make head       a local Ray head for 'ray job submit' (Ctrl-C ends it)"
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -30,7 +31,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m preprocess $(LBP_RAY_ROOT)/phantom/dicom --out $(LBP_RAY_ROOT)/store.zarr \
 	  --templates $(LBP_RAY_ROOT)/phantom/templates.csv --key-file $(LBP_RAY_ROOT)/phantom/pseudonym.key
 	$(BIN)/python -m preprocess link $(LBP_RAY_ROOT)/store.zarr --out $(LBP_RAY_ROOT)/linked \
-	  --csv $(LBP_RAY_ROOT)/phantom/questionnaire.csv --csv $(LBP_RAY_ROOT)/phantom/truth.csv \
+	  --csv $(LBP_RAY_ROOT)/phantom/questionnaire.csv --csv $(LBP_RAY_ROOT)/phantom/gradings.csv \
+	  --csv $(LBP_RAY_ROOT)/phantom/truth.csv \
 	  --cvat $(LBP_RAY_ROOT)/phantom/annotations.xml
 	$(BIN)/python -m lbp_ray.tune --config configs/demo.yaml
 
@@ -48,7 +50,8 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not slurm and not multihost and not browser and not gpu'
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'slow or slurm or multihost or browser or gpu'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tracking]'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=30 -m 'slow or slurm or multihost or browser or gpu'
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -56,12 +59,13 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks --out $(BENCH_OUT) $(BENCH_OPTIONS)
 
 # Jobs find this python and a token that only its owner can read; port 0 avoids the fixed port of Ray's agents, which any other Ray
 # on the machine may hold.
 head: $(VENV)/.installed
 	@umask 077; $(BIN)/ray get-auth-token --generate >/dev/null; chmod -f 600 ~/.ray/auth_token || true
+	@echo "dashboard: http://127.0.0.1:8265, with the token in ~/.ray/auth_token; from elsewhere first: ssh -L 8265:127.0.0.1:8265 $$(hostname)"
 	PATH=$(abspath $(BIN)):$$PATH RAY_AUTH_MODE=token exec ray start --head --block --disable-usage-stats \
 	  --dashboard-host=127.0.0.1 --dashboard-agent-listen-port=0 --temp-dir=$(HEAD_FOLDER) $(HEAD_OPTIONS)
 

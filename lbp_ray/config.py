@@ -85,7 +85,12 @@ def load_config(model: type[Model], path: Path, overrides: list[str] | tuple[str
     try:
         validated = model.model_validate(content)
     except ValidationError as error:
-        faults += [_explain(model, fault) for fault in error.errors()]
+        # A value with an unset variable in it is named above; what else is wrong with it cannot be known.
+        faults += [
+            _explain(model, fault)
+            for fault in error.errors()
+            if not (isinstance(fault["input"], str) and _VARIABLE.search(fault["input"]))
+        ]
     if faults:
         msg = f"{path}: {len(faults)} fault(s)\n" + "\n".join(f"  - {fault}" for fault in faults)
         raise ConfigError(msg)

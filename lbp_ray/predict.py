@@ -9,22 +9,26 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import ValidationError
 
 from lbp_ray.config import FrozenModel
-from lbp_ray.metrics import study_scores, youden_threshold
-from lbp_ray.nets.resnet import build_backbone, build_head, standardise
+from lbp_ray.ensemble import ensemble_threshold
+from lbp_ray.features import BATCH_SIZE
+from lbp_ray.metrics import study_scores
+from lbp_ray.nets.resnet import build_backbone, load_head, standardise
+from lbp_ray.out_of_fold import collect
 from lbp_ray.roi.box import Box, Excluded, choose_neighbours
 from lbp_ray.roi.centres import Centre, Flagged
 from lbp_ray.roi.contact_sheet import tile
 from lbp_ray.roi.crops import CropRequest, place_crop
 from lbp_ray.roi.regions import FLAGS, MODEL, RegionsMeta
 from lbp_ray.splits import HOLDOUT
+from lbp_ray.study import StudyRule
 from preprocess.commit import write_atomic
 from preprocess.exam import ConvertedExam, convert_exam
 from preprocess.midsagittal.choose import TEMPLATE, load_midsagittal
@@ -32,7 +36,7 @@ from preprocess.midsagittal.match import MidsagittalChoice, find_midsagittal, lo
 from preprocess.store.png import encode_png
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lbp_ray.cell import TrialSpec
     from lbp_ray.prepare import Prepared
@@ -54,7 +58,7 @@ class SliceCountPredictor(FrozenModel):
 
     models: tuple[Path, ...]
     threshold: float
-    """Youden threshold of all seed-averaged out-of-fold study scores."""
+    """Of the averaged scores, as `lbp_ray.ensemble.ensemble_threshold` takes it."""
 
 
 class Predictor(FrozenModel):
@@ -75,7 +79,8 @@ class Predictor(FrozenModel):
     """Lowest mid-sagittal score among the study's own exams; an exam below it is unlike all of them."""
     lowest_mid_margin: float
     """Lowest margin of the chosen slice over distant ones among them."""
-    study_rule: Annotated[str, Field(pattern="^(max|mean)$")]
+    study_rule: StudyRule
+    study_rule_k: int
     by_slice_count: dict[int, SliceCountPredictor]
     box_mm: tuple[float, float] | None = None
     """Height and width of a physical box, resampled onto the pixels above; None: the box is those pixels."""
@@ -95,13 +100,17 @@ class Predictor(FrozenModel):
         Raises
         ------
         PredictError
-            If the folder is not a finished result or no network was kept.
+            If the folder is not a finished result, one of another version, or no network was kept.
         """
         path = result_folder / PREDICTOR_FILE
         if not path.is_file():
             msg = f"{path} not found: give the folder of a finished study's result, as printed at its end"
             raise PredictError(msg)
-        predictor = cls.model_validate_json(path.read_bytes())
+        try:
+            predictor = cls.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            msg = f"{path} was written by another version of this program; run the study again, it only aggregates"
+            raise PredictError(msg) from error
         if not predictor.by_slice_count:
             msg = f"{path}: the study kept no network; run it again with compute.keep_models=first_seed"
             raise PredictError(msg)
@@ -120,6 +129,7 @@ def describe_predictor(
     specs, folders
         Its trials and where they are committed.
     """
+    outside = collect(specs, folders, prepared.analysed, config.evaluation)
     inside = prepared.split.table.loc[prepared.split.table["fold"] != HOLDOUT, "study_id"]
     table = prepared.crops.table
     table = table[table["study_id"].isin(inside)]
@@ -134,10 +144,11 @@ def describe_predictor(
         chosen = [folder for spec, folder in zip(specs, folders, strict=True) if spec.cell.num_slices == count]
         models = tuple(folder / "model.pt" for folder in chosen if (folder / "model.pt").is_file())
         if models:
-            predictors[count] = SliceCountPredictor(models=models, threshold=_threshold(chosen, prepared, config))
+            threshold = ensemble_threshold(outside[outside["num_slices"] == count], config.evaluation)
+            predictors[count] = SliceCountPredictor(models=models, threshold=threshold)
     return Predictor(
         name=config.name,
-        statements=(*config.statements, *prepared.statements),
+        statements=(*config.statements, *prepared.statements, *_judging_statements(config)),
         templates=prepared.midsagittal / "templates.npz",
         box_height_px=config.roi.height_px,
         box_width_px=config.roi.width_px,
@@ -148,20 +159,26 @@ def describe_predictor(
         lowest_mid_score=float(middle["score"].min()),
         lowest_mid_margin=float(middle["margin"].min()),
         study_rule=config.recipe.study_rule,
+        study_rule_k=config.recipe.study_rule_k,
         by_slice_count=predictors,
         box_mm=config.roi.size_mm,
         regions=None if prepared.regions is None else prepared.regions.folder,
     )
 
 
-def _threshold(folders: Sequence[Path], prepared: Prepared, config: StudyConfig) -> float:
-    slices = pd.concat([pd.read_parquet(folder / "out_of_fold.parquet") for folder in folders])
-    mean = slices.groupby(["study_id", "slice_index"], as_index=False)["probability"].mean()
-    studies, scores = study_scores(
-        mean["study_id"].to_numpy(dtype=str), mean["probability"].to_numpy(), rule=config.recipe.study_rule
-    )
-    labels = prepared.split.table.set_index("study_id")["label"]
-    return youden_threshold(labels.loc[studies].to_numpy(dtype=int), scores)
+def _judging_statements(config: StudyConfig) -> tuple[str, ...]:
+    """Say what of the study's networks and threshold a reader of a single prediction must know."""
+    recipe, told = config.recipe, []
+    if config.optimistic:
+        told.append(
+            f"Epoch ({recipe.selection}) and threshold ({config.evaluation.threshold_source}) of the study were chosen "
+            "on the folds that judged them: its figures are optimistic, and the threshold may not carry over."
+        )
+    if recipe.checkpoint_top_k > 1:
+        told.append(
+            f"The study averaged {recipe.checkpoint_top_k} epochs of each network; predictions use the best one only."
+        )
+    return tuple(told)
 
 
 class Prediction(FrozenModel):
@@ -169,7 +186,7 @@ class Prediction(FrozenModel):
 
     study: str
     probability: float
-    """Study probability, averaged over the fold networks."""
+    """Study probability by the study's rule, averaged over the fold networks."""
     threshold: float
     positive: bool
     slice_probabilities: tuple[float, ...]
@@ -232,8 +249,8 @@ def predict_exam(
         hint = "; look at the exam and give the centre of its lumbar region" if isinstance(verdict, Flagged) else ""
         msg = f"the exam cannot be cropped ({verdict.reason}): {verdict}{hint}"
         raise PredictError(msg) from verdict
-    slice_scores_K = np.mean([_score(path, crops_KHW) for path in chosen.models], axis=0)
-    probability = float(slice_scores_K.max() if predictor.study_rule == "max" else slice_scores_K.mean())
+    scores_MK = np.stack([slice_probabilities(path, crops_KHW) for path in chosen.models])
+    probability = _study_probability(predictor, scores_MK)
     positions = np.array(exam.record.positions_mm)
     codes = pd.Series(list(exam.codes.values())).value_counts()
     prediction = Prediction(
@@ -241,7 +258,7 @@ def predict_exam(
         probability=probability,
         threshold=chosen.threshold,
         positive=probability >= chosen.threshold,
-        slice_probabilities=tuple(slice_scores_K.tolist()),
+        slice_probabilities=tuple(scores_MK.mean(axis=0).tolist()),
         slice_offsets_mm=tuple((positions[indices] - positions[middle.slice_index]).tolist()),
         mid_slice=middle.slice_index,
         num_slices_in_stack=len(positions),
@@ -330,17 +347,51 @@ def _cut(
     return box, request.crop(exam.pixels_SHW[indices], box), indices
 
 
-def _score(path: Path, crops_KHW: np.ndarray) -> np.ndarray:
-    """Probability of each slice by one network, (K,)."""
+def _study_probability(predictor: Predictor, scores_MK: np.ndarray) -> float:
+    """Score the exam by each of M networks, then average them, as the threshold's scores were made."""
+    model_M = np.repeat(np.arange(len(scores_MK)), scores_MK.shape[1])
+    _, scores = study_scores(model_M, scores_MK.ravel(), rule=predictor.study_rule, k=predictor.study_rule_k)
+    return float(scores.mean())
+
+
+def slice_probabilities(
+    path: Path, crops_MHW: np.ndarray, *, device: str = "cpu", advance: Callable[[int], object] = lambda _: None
+) -> np.ndarray:
+    """Score slices by one kept network.
+
+    Parameters
+    ----------
+    path
+        ``model.pt`` of a committed trial.
+    crops_MHW
+        Stored pixel values.
+    device
+        Torch device to run on.
+    advance
+        Told after each batch how many slices it had.
+
+    Returns
+    -------
+    numpy.ndarray
+        (M,) float64.
+
+    Raises
+    ------
+    PredictError
+        If the network is gone.
+    """
     if not path.is_file():
         msg = f"the network {path} is gone; run the study again, it trains only what is missing"
         raise PredictError(msg)
     state = torch.load(path, map_location="cpu", weights_only=True)
-    backbone, head = build_backbone(state["backbone"]), build_head(seed=0)
-    head.load_state_dict(state["head"])
+    backbone, head = build_backbone(state["backbone"]).to(device), load_head(state["head"]).to(device)
+    parts = []
     with torch.inference_mode():
-        logits = head(backbone(standardise(torch.from_numpy(np.ascontiguousarray(crops_KHW)))))
-    return np.asarray(torch.sigmoid(logits.double())[:, 0].numpy())
+        for start in range(0, len(crops_MHW), BATCH_SIZE):
+            batch = torch.from_numpy(np.array(crops_MHW[start : start + BATCH_SIZE])).to(device)
+            parts.append(torch.sigmoid(head(backbone(standardise(batch))).double())[:, 0].cpu().numpy())
+            advance(len(batch))
+    return np.concatenate(parts)
 
 
 def _picture(slice_HW: np.ndarray, box: Box, mask_HW: np.ndarray | None, crops_KHW: np.ndarray) -> np.ndarray:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from lbp_ray.cohort import CohortError, label_exams
+from lbp_ray.cohort import CohortError, label_exams, summarise_cohort
+from lbp_ray.cohort.questionnaire import RANGES
+from lbp_ray.duplicates import check_duplicates
 from lbp_ray.nets.weights import load_backbone_weights, weights_sha256
 from lbp_ray.result import FunnelStep
 from lbp_ray.roi.centres import annotated_centres, predicted_centres
@@ -18,13 +20,14 @@ from lbp_ray.roi.provenance import check_regions, find_regions, manual_statement
 from lbp_ray.runs import RunError, RunPaths
 from lbp_ray.splits import (
     HOLDOUT,
-    LEDGER,
     Split,
     SplitError,
     find_split,
     holdout_commitment,
     make_split,
     read_ledger,
+    require_no_holdout,
+    sealed_among,
     split_hash,
     training_labels,
 )
@@ -36,6 +39,7 @@ from preprocess.store.read import SliceStore
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from lbp_ray.result import CohortSummary, Duplicates
     from lbp_ray.roi.regions import Regions
     from lbp_ray.study import RoiConfig, StudyConfig
 
@@ -70,6 +74,12 @@ class Prepared:
     funnel: tuple[FunnelStep, ...]
     groups: dict[str, int]
     acquisition: dict[str, str]
+    duplicates: Duplicates
+    """Among the analysed exams and the hold-out's."""
+    cohort: CohortSummary
+    """Of all who were asked and graded, sealed ones among them."""
+    questionnaire_hash: str
+    """`answers_hash` of it: an opening wants the very answers that the study was made with."""
     regions: Regions | None = None
     """The predicted masks that the study is cropped by; None where it is cropped by annotations."""
     statements: tuple[str, ...] = ()
@@ -92,12 +102,13 @@ def seal(config: StudyConfig) -> Sealed:
     paths = RunPaths(config.paths.runs, config.name)
     store = SliceStore.open(config.paths.store, contrast=CONTRAST)
     midsagittal = config.paths.midsagittal or find_midsagittal_artefact(config.paths.store, store.content_hash)
-    exams = _exams(config.paths.questionnaire, store)
+    exams = _exams(config.paths.questionnaire, store, strict_gt30=config.cohort.strict_gt30)
     chosen = store.manifest[store.manifest["series_id"].isin(load_midsagittal(midsagittal)["series_id"])]
     task = exams[exams["label"].notna() & exams["study_id"].isin(chosen["study_id"])]
-    template_patients = frozenset(load_templates(midsagittal / "templates.npz").patient_ids)
-    split = _split(config, paths, task, template_patients)
-    statements = _check_templates(config, split, template_patients) + _opened_statements(paths, split)
+    owners = load_templates(midsagittal / "templates.npz").patient_ids
+    shown = frozenset(store.manifest.loc[store.manifest["patient_id"].isin(owners), "study_id"])
+    split = _split(config, paths, task, shown)
+    statements = _check_templates(config, split, shown) + _opened_statements(paths, split)
     return Sealed(paths, store, midsagittal, exams, split, statements)
 
 
@@ -110,7 +121,8 @@ def prepare(config: StudyConfig) -> Prepared:
     Raises
     ------
     ValueError
-        Of the room at fault, as `seal` does; also absent weights, regions that may not be used, no crop at all.
+        Of the room at fault, as `seal` does; also absent weights, regions that may not be used, no crop at all, the
+        same image under two patients in different folds.
     """
     weights = load_backbone_weights(config.recipe.weights, seed=config.recipe.weights_seed)
     sealed = seal(config)
@@ -123,6 +135,8 @@ def prepare(config: StudyConfig) -> Prepared:
     statements += (*_resampling_statements(config.roi, crops.table), *manual_statements(crops.table))
     analysed = sealed.split.of_studies(crops.table["study_id"])
     _require_both_classes(analysed.table, sealed.split.table, crops.excluded)
+    duplicates, alike = _check_duplicates(config, crops, analysed)
+    cohort = _summarise_cohort(config, sealed)
     return Prepared(
         paths=sealed.paths,
         midsagittal=sealed.midsagittal,
@@ -134,8 +148,11 @@ def prepare(config: StudyConfig) -> Prepared:
         funnel=_funnel(sealed, crops, analysed),
         groups={str(name): int(count) for name, count in sealed.exams["group"].value_counts().items()},
         acquisition=_acquisition(sealed.store.manifest),
+        duplicates=duplicates,
+        cohort=cohort,
+        questionnaire_hash=answers_hash(read_questionnaire(config.paths.questionnaire)),
         regions=regions,
-        statements=statements,
+        statements=statements + alike,
     )
 
 
@@ -157,6 +174,29 @@ def _crops(config: StudyConfig, sealed: Sealed, regions: Regions | None) -> Crop
     folder = sealed.paths.crops(request.address(sealed.store, sealed.midsagittal, centres))
     return build_crops(
         sealed.store, sealed.midsagittal, centres, request, folder=folder, progress=config.compute.verbose
+    )
+
+
+def _summarise_cohort(config: StudyConfig, sealed: Sealed) -> CohortSummary:
+    """Count the cohort; the acquisition is that of the task's exams."""
+    manifest, gradings = sealed.store.manifest, config.paths.gradings
+    return summarise_cohort(
+        read_questionnaire(config.paths.questionnaire),
+        None if gradings is None else read_gradings(gradings),
+        manifest[manifest["study_id"].isin(sealed.split.table["study_id"])],
+        config.cohort,
+    )
+
+
+def _check_duplicates(config: StudyConfig, crops: Crops, analysed: Split) -> tuple[Duplicates, tuple[str, ...]]:
+    rows = crops.table[["study_id"]].reset_index(names="row")
+    exams = analysed.table.drop(columns="label").merge(rows, on="study_id").set_index("row")
+    return check_duplicates(
+        crops.pixels_NKHW,
+        exams,
+        crops_hash=crops.crops_hash,
+        root=analysed.folder / "duplicates",
+        refuse=config.split.near_duplicates == "refuse",
     )
 
 
@@ -252,18 +292,39 @@ def read_questionnaire(questionnaire: Path) -> pd.DataFrame:
     CohortError
         If it is absent or not linked.
     """
-    if not questionnaire.is_file():
-        msg = f"questionnaire not found: {questionnaire}; `python -m preprocess link` writes it"
+    return _read_linked(questionnaire, "questionnaire")
+
+
+def answers_hash(questionnaire: pd.DataFrame) -> str:
+    """Return the address of a questionnaire's ids and answers, whatever its order of rows and its other columns."""
+    columns = sorted({"study_id", "patient_id", *RANGES} & set(questionnaire.columns))
+    return content_id(questionnaire[columns].sort_values("study_id").to_csv(index=False))
+
+
+def read_gradings(gradings: Path) -> pd.DataFrame:
+    """Read linked gradings.
+
+    Raises
+    ------
+    CohortError
+        If they are absent or not linked.
+    """
+    return _read_linked(gradings, "gradings")
+
+
+def _read_linked(path: Path, content: str) -> pd.DataFrame:
+    if not path.is_file():
+        msg = f"{content} not found: {path}; `python -m preprocess link` writes it"
         raise CohortError(msg)
-    rows = pd.read_csv(questionnaire)
+    rows = pd.read_csv(path)
     absent = [name for name in ("study_id", "patient_id") if name not in rows]
     if absent:
-        msg = f"{questionnaire} lacks {', '.join(absent)}: it is not linked; run `python -m preprocess link` on it"
+        msg = f"{path} lacks {', '.join(absent)}: it is not linked; run `python -m preprocess link` on it"
         raise CohortError(msg)
     return rows
 
 
-def _exams(questionnaire: Path, store: SliceStore) -> pd.DataFrame:
+def _exams(questionnaire: Path, store: SliceStore, *, strict_gt30: bool) -> pd.DataFrame:
     rows = read_questionnaire(questionnaire)
     unknown = rows[~rows["study_id"].isin(store.manifest["study_id"])]
     if len(unknown):
@@ -272,29 +333,30 @@ def _exams(questionnaire: Path, store: SliceStore) -> pd.DataFrame:
             f"(study {unknown['study_id'].iloc[0]}); link again with this store's key, or remove them"
         )
         raise CohortError(msg)
-    return label_exams(rows)
+    return label_exams(rows, strict_gt30=strict_gt30)
 
 
-def _split(config: StudyConfig, paths: RunPaths, task: pd.DataFrame, templates: frozenset[str]) -> Split:
+def _split(config: StudyConfig, paths: RunPaths, task: pd.DataFrame, shown: frozenset[str]) -> Split:
     """Open the split of these exams, or draw it; other templates do not draw another, which would unseal patients."""
+    wanted = config.split
     exams = task[["study_id", "patient_id", "label"]].astype({"label": int})
     address = content_id(
         {
             "questionnaire": hashlib.sha256(config.paths.questionnaire.read_bytes()).hexdigest(),
             "studies": exams["study_id"].tolist(),
-            "split": config.split.model_dump(mode="json"),
+            "split": wanted.model_dump(mode="json", include={"seed", "folds", "holdout_fraction"}),
         }
     )
     folder = paths.split(address)
     if folder.is_dir():
-        return Split.open(folder)
-    wanted = config.split
+        return _of_these_labels(Split.open(folder), exams)
+    never = frozenset(exams.loc[exams["study_id"].isin(shown), "patient_id"])
     split = make_split(
         exams,
         folds=wanted.folds,
         holdout_fraction=wanted.holdout_fraction,
         seed=wanted.seed,
-        never_holdout=frozenset() if config.midsagittal.allow_holdout_templates else templates,
+        never_holdout=frozenset() if config.midsagittal.allow_holdout_templates else never,
     )
     table = split.merge(exams[["study_id", "label"]], on="study_id")
     table["label"] = table["label"].astype("Int64").mask(table["fold"] == HOLDOUT)
@@ -308,41 +370,57 @@ def _split(config: StudyConfig, paths: RunPaths, task: pd.DataFrame, templates: 
     return Split.open(folder)
 
 
+def _of_these_labels(split: Split, exams: pd.DataFrame) -> Split:
+    """Refuse a committed split whose training labels are not those that the questionnaire's rules give now.
+
+    Raises
+    ------
+    SplitError
+        Naming the first such exam.
+    """
+    labels = training_labels(split.table)
+    own = dict(zip(exams["study_id"], exams["label"].tolist(), strict=True))
+    wrong = [study for study, label in labels.items() if own.get(study) != label]
+    if wrong:
+        msg = (
+            f"{split.folder} was committed with other labels than the questionnaire's rules give now, e.g. of study "
+            f"{wrong[0]} ({len(wrong)} such exam(s)); set the cohort section as it was, or give the study another name"
+        )
+        raise SplitError(msg)
+    return split
+
+
 def _opened_statements(paths: RunPaths, split: Split) -> tuple[str, ...]:
-    """Return what the report must say where exams of this hold-out were opened as another split's."""
-    others = [item for item in read_ledger(paths.folder / LEDGER) if item.split_hash != split.split_hash]
+    """Return what the report must say where exams of this hold-out were opened for another study or split."""
+    own = (paths.study, split.split_hash)
+    others = [item for item in read_ledger(paths.ledger) if (item.study, item.split_hash) != own]
     sealed = split.table["study_id"][split.table["fold"] == HOLDOUT]
     count = len(set(sealed) & {study for item in others for study in item.studies})
     if not count:
         return ()
     return (
-        f"{count} sealed exam(s) were opened before, in the hold-out of another split: the hold-out is not untouched.",
+        f"{count} sealed exam(s) were opened before, for another study or in another split: the hold-out is not "
+        "untouched.",
     )
 
 
-def _check_templates(config: StudyConfig, split: Split, templates: frozenset[str]) -> tuple[str, ...]:
-    """Refuse sealed patients whose slices are templates; where they are allowed, return what the report must say.
+def _check_templates(config: StudyConfig, split: Split, shown: frozenset[str]) -> tuple[str, ...]:
+    """Refuse sealed exams of patients whose slices are templates; if they are allowed, return what the report must say.
 
     Raises
     ------
     SplitError
         Naming the first such patient.
     """
-    sealed = split.table.loc[split.table["fold"] == HOLDOUT, "patient_id"]
-    shown = sorted(templates & set(sealed))
-    if not shown:
+    if not config.midsagittal.allow_holdout_templates:
+        require_no_holdout(split.table, shown, "templates")
+    patients = sealed_among(split.table, shown)["patient_id"].nunique()
+    if not patients:
         return ()
-    if config.midsagittal.allow_holdout_templates:
-        return (
-            f"{len(shown)} patient(s) of the sealed hold-out gave template slices for the mid-sagittal choice: "
-            "the hold-out is not untouched.",
-        )
-    msg = (
-        f"patient {shown[0]} ({len(shown)} such patient(s)) is sealed in {split.folder}, but a slice of theirs is a "
-        "mid-sagittal template: the hold-out would not be untouched; choose templates of other patients, or set "
-        "midsagittal.allow_holdout_templates=true and have the report say so"
+    return (
+        f"{patients} patient(s) of the sealed hold-out gave template slices for the mid-sagittal choice: "
+        "the hold-out is not untouched.",
     )
-    raise SplitError(msg)
 
 
 def _acquisition(manifest: pd.DataFrame) -> dict[str, str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lbp_ray.splits import LEDGER
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -30,9 +32,10 @@ class RunPaths:
         """Feature table of one content id."""
         return self.root / "features" / address[:16]
 
-    def feature_shards(self, address: str) -> Path:
-        """Finished shards of a feature table that is still being computed."""
-        return self.root / "features" / f"{address[:16]}.shards"
+    @property
+    def ledger(self) -> Path:
+        """Openings of hold-outs, shared by all studies of the root: they may seal the same patients."""
+        return self.root / LEDGER
 
     @property
     def folder(self) -> Path:

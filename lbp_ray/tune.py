@@ -15,19 +15,21 @@ from typing import Any
 import ray
 import torch
 from ray import tune
-from tqdm import tqdm
 
 from lbp_ray.aggregate import aggregate
 from lbp_ray.cell import Cell, Shared, TrialPlace, TrialSpec
 from lbp_ray.config import load_config
 from lbp_ray.distributed.extract import ensure_features
-from lbp_ray.distributed.waiter import waiting_trial
+from lbp_ray.distributed.progress import Progress, Tally
+from lbp_ray.distributed.trackers import Trackers, require
+from lbp_ray.distributed.waiter import measured_share, options, waiting_trial
 from lbp_ray.distributed.worker import load_trial_data
 from lbp_ray.features import features_id
-from lbp_ray.native import native_dtype
+from lbp_ray.finished import RESULT_FILE, render_result
+from lbp_ray.native import for_device
 from lbp_ray.predict import PREDICTOR_FILE, describe_predictor
 from lbp_ray.prepare import Prepared, prepare
-from lbp_ray.report import render_console, write_report
+from lbp_ray.report import render_console
 from lbp_ray.result import StudyResult
 from lbp_ray.runs import RunError, RunPaths
 from lbp_ray.study import StudyConfig
@@ -57,6 +59,7 @@ def plan_trials(config: StudyConfig, *, crops_hash: str, split_hash: str, weight
             crops_hash=crops_hash,
             split_hash=split_hash,
             weights_hash=weights_hash,
+            workers=config.compute.workers,
         )
         for num_slices in config.slice_counts
         for fold in range(config.split.folds)
@@ -75,36 +78,6 @@ def place_of(spec: TrialSpec, paths: RunPaths, config: StudyConfig) -> TrialPlac
     )
 
 
-class Progress(tune.Callback):
-    """One bar over the study's cells, with the latest epoch beside it, and a line per finished cell."""
-
-    def __init__(self, *, total: int, done: int, disable: bool) -> None:
-        pace_s = 0.2 if sys.stderr.isatty() else 15.0
-        self._bar = tqdm(total=total, initial=done, desc="trials", unit="trial", disable=disable, mininterval=pace_s)
-
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:  # noqa: ANN401
-        """Show the epoch that a trial has just reported."""
-        self._bar.set_postfix_str(f"{trial} epoch {result['epoch']}: {_describe(result)}", refresh=False)
-        self._bar.update(0)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:  # noqa: ANN401
-        """Count a finished trial and print its last epoch."""
-        self._bar.update()
-        if not self._bar.disable:
-            self._bar.write(f"{trial} done after {trial.last_result['epoch']} epochs: {_describe(trial.last_result)}")
-
-    def on_experiment_end(self, trials: list[Any], **_: Any) -> None:  # noqa: ANN401
-        """Leave the bar as it stands."""
-        self._bar.close()
-
-
-def _describe(result: dict[str, Any]) -> str:
-    return (
-        f"train loss {result['train_loss']:.3f}, validation loss {result['validation_loss']:.3f}, "
-        f"validation AUC {result['validation_auc']:.3f}"
-    )
-
-
 def run_study(config: StudyConfig) -> Path:
     """Run a whole study, or what is missing of it, and return the path of its report.
 
@@ -118,9 +91,33 @@ def run_study(config: StudyConfig) -> Path:
     ValueError
         Of the room at fault, before any training where it can be known.
     RunError
-        If trials failed after all retries; running the same command again runs only those.
+        If a tracker is not installed, or trials failed after all retries; running the same command again runs only
+        those.
     """
-    config = with_native_dtype(config)
+    require(config.compute.trackers)
+    if config.compute.gpus_per_trial != "auto":
+        return _run(for_device(config, gpu=bool(config.compute.gpus_per_trial)))
+    with connect():  # whether there is a GPU decides device and type, and so which trials are missing
+        config = without_absent_gpus(config)
+        return _run(for_device(config, gpu=bool(config.compute.gpus_per_trial)))
+
+
+def without_absent_gpus(config: StudyConfig) -> StudyConfig:
+    """Let ``compute.gpus_per_trial: auto`` stand where the cluster has GPUs, else train on CPUs and say so."""
+    if ray.cluster_resources().get("GPU", 0.0):  # type: ignore[no-untyped-call]
+        return config
+    sys.stdout.write("compute.gpus_per_trial: auto found no GPU in the cluster; the trials run on CPUs\n")
+    return config.model_copy(update={"compute": config.compute.model_copy(update={"gpus_per_trial": 0.0})})
+
+
+def tell_of_idle_gpus(config: StudyConfig) -> None:
+    """Say that no trial uses the cluster's GPUs, if that is so."""
+    gpus = ray.cluster_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
+    if gpus and not config.compute.gpus_per_trial:
+        sys.stdout.write(f"compute.gpus_per_trial is 0: {gpus:g} GPU(s) stay idle; auto would use them\n")
+
+
+def _run(config: StudyConfig) -> Path:
     prepared = prepare(config)
     specs = plan_trials(
         config,
@@ -128,25 +125,37 @@ def run_study(config: StudyConfig) -> Path:
         split_hash=prepared.split.split_hash,
         weights_hash=prepared.weights_hash,
     )
+    cells = {spec.cell.name: (spec, place_of(spec, prepared.paths, config)) for spec in specs}
+    trackers = Trackers(config.compute.trackers, study=config.name, root=prepared.paths.folder, cells=cells)
     missing = [spec for spec in specs if not place_of(spec, prepared.paths, config).is_complete]
     shared = _shared(config, prepared)
     if missing or (shared.features is not None and not shared.features.is_dir()):
         with connect():
-            _require_slot(config)
-            _run_missing(config, prepared, shared, missing, total=len(specs))
+            tell_of_idle_gpus(config)
+            trials_at_once(config)
+            _run_missing(config, prepared, shared, missing, callbacks=[progress_of(config, specs, missing), trackers])
+    for _, place in cells.values():
+        place.checkpoint.unlink(missing_ok=True)  # of an attempt that another one overtook
     torch.set_num_threads(config.recipe.threads)
     folders = [place_of(spec, prepared.paths, config).final for spec in specs]
-    data = load_trial_data(shared.crops, shared.split, shared.features)
+    data = load_trial_data(shared.crops, shared.split, shared.features, block_studies=shared.block_studies)
     result_folder = aggregate(config, prepared, specs, folders, data)
     predictor = describe_predictor(config, prepared, specs, folders)
     write_atomic(result_folder / PREDICTOR_FILE, predictor.model_dump_json(indent=1).encode())
-    return write_study_report(result_folder, prepared.crops.folder)
+    report = write_study_report(result_folder, prepared.crops.folder)
+    trackers.tell_result(result_folder)
+    return report
 
 
-def with_native_dtype(config: StudyConfig) -> StudyConfig:
-    """Replace ``recipe.unfrozen_dtype: auto`` by what the trials' device computes natively."""
-    dtype = native_dtype(config.recipe.unfrozen_dtype, gpu=bool(config.compute.gpus_per_trial))
-    return config.model_copy(update={"recipe": config.recipe.model_copy(update={"unfrozen_dtype": dtype})})
+def progress_of(config: StudyConfig, specs: list[TrialSpec], missing: list[TrialSpec]) -> Progress:
+    """Return what tells the console and the metrics endpoint of the trials."""
+    recipe = config.recipe
+    tally = Tally(
+        {spec.cell.name: spec.cell.num_slices for spec in missing},
+        {"frozen": recipe.frozen_epochs, "unfrozen": recipe.unfrozen_epochs},
+        done=len(specs) - len(missing),
+    )
+    return Progress(tally, study=config.name, stream=sys.stdout if config.compute.verbose else None)
 
 
 def _shared(config: StudyConfig, prepared: Prepared) -> Shared:
@@ -160,6 +169,7 @@ def _shared(config: StudyConfig, prepared: Prepared) -> Shared:
             threads=recipe.threads,
             batchnorm=recipe.frozen_batchnorm,
             device=device,
+            folded=recipe.fold_extraction,
         )
         features = prepared.paths.features(address)
     return Shared(
@@ -170,51 +180,66 @@ def _shared(config: StudyConfig, prepared: Prepared) -> Shared:
         weights_seed=recipe.weights_seed,
         weights_hash=prepared.weights_hash,
         device=device,
+        block_studies=recipe.block,
     )
 
 
-def _require_slot(config: StudyConfig) -> None:
-    """Refuse a study that no node could ever start a trial of: Ray would wait for ever."""
-    needed = {"CPU": float(config.recipe.threads), "GPU": config.compute.gpus_per_trial}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    if not any(all(node.get(name, 0.0) >= amount for name, amount in needed.items()) for node in nodes):
-        offers = [{name: node.get(name, 0.0) for name in needed} for node in nodes]
-        msg = f"a trial needs {needed} on one node, the cluster offers {offers}; lower recipe.threads or gpus_per_trial"
+def trials_at_once(config: StudyConfig) -> int:
+    """Count the trials that the cluster's nodes hold, whole GPUs taken where a trial's share is still to be measured.
+
+    Raises
+    ------
+    RunError
+        If it is none: Ray would wait for ever.
+    """
+    needed = {"CPU": float(config.recipe.threads), "GPU": config.compute.gpus_per_worker}
+    offers = [
+        {name: float(node["Resources"].get(name, 0.0)) for name in needed}
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    ]
+    fit = sum(min(int(offer[name] / amount) for name, amount in needed.items() if amount) for offer in offers)
+    workers = config.compute.workers
+    if fit < workers:
+        msg = (
+            f"a trial needs {workers} worker(s) of {needed}, each on one node; the cluster offers {offers}; "
+            "lower recipe.threads, compute.gpus_per_trial or compute.workers_per_trial"
+        )
         raise RunError(msg)
+    return fit // workers
 
 
 def _run_missing(
-    config: StudyConfig, prepared: Prepared, shared: Shared, missing: list[TrialSpec], *, total: int
+    config: StudyConfig, prepared: Prepared, shared: Shared, missing: list[TrialSpec], *, callbacks: list[tune.Callback]
 ) -> None:
     recipe, compute = config.recipe, config.compute
     if shared.features is not None:
         ensure_features(
             shared,
             shared.features,
-            shared.features.with_suffix(".shards"),
-            threads=recipe.threads,
-            gpus=compute.gpus_per_trial,
+            recipe=recipe,
+            gpus=compute.gpus_per_worker,
             progress=compute.verbose,
         )
     if not missing:
         return
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the bar above is the console; Tune's own boxes stay away
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # `Progress` is the console; Tune's own boxes stay away
     by_name = {spec.cell.name: (spec, place_of(spec, prepared.paths, config)) for spec in missing}
-    resources = {"CPU": float(recipe.threads), "GPU": compute.gpus_per_trial}
-    trial = waiting_trial(shared, by_name, resources)
+    trial, limits = _waiting(config, prepared, shared, by_name)
     results = tune.Tuner(
-        tune.with_resources(trial, tune.PlacementGroupFactory([{}, resources])),
+        trial,
         param_space={"name": tune.grid_search(list(by_name))},
         tune_config=tune.TuneConfig(
-            reuse_actors=True,
+            **limits,
             trial_name_creator=lambda trial: str(trial.config["name"]),
             trial_dirname_creator=lambda trial: str(trial.config["name"]),
         ),
         run_config=tune.RunConfig(
-            name=time.strftime("%Y%m%d-%H%M%S"),
+            name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",  # tasks of an array start together
             storage_path=str(prepared.paths.tune),
-            failure_config=tune.FailureConfig(max_failures=compute.max_failures),
-            callbacks=[Progress(total=total, done=total - len(missing), disable=not compute.verbose)],
+            # Workers that share a trial are started again by Ray Train.
+            failure_config=tune.FailureConfig(max_failures=compute.max_failures if compute.workers == 1 else 0),
+            callbacks=callbacks,
             verbose=0,
         ),
     ).fit()
@@ -226,11 +251,31 @@ def _run_missing(
         raise RunError(msg)
 
 
+def _waiting(
+    config: StudyConfig, prepared: Prepared, shared: Shared, cells: dict[str, tuple[TrialSpec, TrialPlace]]
+) -> tuple[Any, dict[str, Any]]:
+    """Return what Tune runs, with the resources it takes, and what limits how many run at a time."""
+    if config.compute.workers > 1:
+        from lbp_ray.distributed.ddp import shared_trial
+        from lbp_ray.distributed.regions import WAITING
+
+        trial = shared_trial(shared, cells, config.compute, prepared.paths.tune / "train")
+        return tune.with_resources(trial, WAITING), {"max_concurrent_trials": trials_at_once(config)}
+    gpus = config.compute.gpus_per_worker
+    resources = {"CPU": float(config.recipe.threads), "GPU": gpus}
+    if config.compute.gpus_per_trial == "auto":
+        most_slices = max((spec for spec, _ in cells.values()), key=lambda spec: spec.cell.num_slices)
+        call = measured_share.options(**options("measure", resources))
+        resources["GPU"], told = ray.get(call.remote(shared, most_slices))
+        sys.stdout.write(f"compute.gpus_per_trial: auto: {told}\n")
+    waiting = waiting_trial(shared, cells, resources)
+    return tune.with_resources(waiting, tune.PlacementGroupFactory([{}, resources])), {"reuse_actors": True}
+
+
 def write_study_report(result_folder: Path, crops_folder: Path) -> Path:
     """Render the report of a committed result, print its table and return the page's path."""
-    result = StudyResult.load(result_folder / "result.json")
-    sheet = (crops_folder / "contact_sheet.png").read_bytes()
-    page = write_report(result, result_folder / "report", contact_sheet=sheet)
+    page = render_result(result_folder, crops_folder)
+    result = StudyResult.load(result_folder / RESULT_FILE)
     sys.stdout.write(f"\n{render_console(result)}\n\nreport: {page}\n")
     return page
 

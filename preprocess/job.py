@@ -29,16 +29,20 @@ IN_FLIGHT_PER_CPU = 4
 MAX_RETRIES = 1
 """Further attempts of a task whose process died (a decoder crash, a lost node)."""
 
-SOCKET_PATH_LIMIT = 60
-"""Longest temporary folder under which Ray's socket paths stay below the 107 bytes that Linux allows."""
+SOCKET_PATH_LIMIT = 43
+"""Longest temporary folder under which Ray's socket paths, 64 bytes longer, have at most Linux's 107."""
 
 NODE_LOST_STATUS = 75
 """Exit status when this machine's Ray node died: a temporary failure, the same command goes on."""
 
-NODE_LOST = "\nerror: the Ray node of this machine has died; run the same command again, it goes on\n"
+NODE_LOST = "\nerror: this machine's Ray node or the cluster's head has died; run the same command again, it goes on\n"
 
 NODE_CHECK_S = 5.0
 """Seconds between two looks at this machine's Ray node."""
+
+HEAD_SILENT_S = 40.0
+"""Seconds without an answer of the head after which this process ends by itself; Ray would end it after 60, with
+status 1."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -82,12 +86,23 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
 def _leave_with_node(node_id: str, ended: threading.Event) -> None:
     """End this process when its Ray node dies: Ray Tune would wait for ever on a cluster that cannot answer."""
     while not ended.wait(NODE_CHECK_S):
-        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        if any(node["NodeID"] == node_id and not node["Alive"] for node in nodes) and not ended.is_set():
-            sys.stderr.write(NODE_LOST)
-            sys.stderr.flush()
-            sys.stdout.flush()
-            os._exit(NODE_LOST_STATUS)
+        silent = threading.Timer(HEAD_SILENT_S, _leave, [ended])
+        silent.daemon = True
+        silent.start()
+        try:
+            nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        finally:
+            silent.cancel()
+        if any(node["NodeID"] == node_id and not node["Alive"] for node in nodes):
+            _leave(ended)
+
+
+def _leave(ended: threading.Event) -> None:
+    if not ended.is_set():
+        sys.stderr.write(NODE_LOST)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(NODE_LOST_STATUS)
 
 
 def _short_temporary_folder() -> str | None:

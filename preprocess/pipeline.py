@@ -277,7 +277,7 @@ def _crashes(job: SettleJob, part: Part, mapper: Mapper) -> dict[str, str]:
 
 def _killers(function: partial[None], suspects: Iterable[Suspect], verb: str, mapper: Mapper) -> list[Suspect]:
     suspects = list(suspects)
-    items = ((f"{verb}-{suspect.series_id}-{number:04d}", suspect) for number, suspect in enumerate(suspects))
+    items = ((f"{verb}-alone-{number:04d}", suspect) for number, suspect in enumerate(suspects))
     results = mapper(function, items, title=f"{verb} alone", total=len(suspects))
     return [suspect for suspect, result in results if isinstance(result, TaskFailure)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 
 import pytest
 
@@ -17,3 +18,11 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory, request):
+    """A folder that the tests of one module share, deleted after them: trained networks are 90 MB each."""
+    folder = tmp_path_factory.mktemp(request.module.__name__)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,8 @@ import pandas as pd
 from cohort_factory import NUM_EXAMS, SHAPE
 from store_factory import pseudonym
 
-from lbp_ray.roi.regions import COLUMNS, MODEL, OUT_OF_FOLD, SCORE_COLUMNS, RegionsMeta, runs_of
+from lbp_ray.roi.regions import COLUMNS, MODEL, OUT_OF_FOLD, SCORE_COLUMNS, RegionsMeta
+from preprocess.cvat.shapes import rle_from_mask
 from preprocess.midsagittal.choose import CONTRAST
 from preprocess.store.read import SliceStore
 
@@ -44,7 +45,7 @@ def make_regions(parent, data, midsagittal, *, fold_of=None, masks=None, flags=N
                 "columns": SHAPE[2],
                 "source": OUT_OF_FOLD if fold >= 0 else MODEL,
                 "fold": fold,
-                "mask_rle": runs_of(mask),
+                "mask_rle": rle_from_mask(mask),
                 "area_mm2": float(mask.sum()),
                 "height_mm": height,
                 "width_mm": width,

@@ -63,7 +63,9 @@ def prepare_cohort(root: Path, config: str = "phantom_tiny", *overrides: str) ->
     expect(root, "lbp_ray.phantom", "--config", f"configs/{config}.yaml", *overrides)
     given = ["--templates", str(phantom / "templates.csv"), "--key-file", str(phantom / "pseudonym.key")]
     expect(root, "preprocess", str(phantom / "dicom"), "--out", str(root / "store.zarr"), *given)
-    tables = [part for name in ("questionnaire", "truth") for part in ("--csv", str(phantom / f"{name}.csv"))]
+    tables = [
+        part for name in ("questionnaire", "gradings", "truth") for part in ("--csv", str(phantom / f"{name}.csv"))
+    ]
     link = ["link", str(root / "store.zarr"), "--out", str(root / "linked"), *tables]
     expect(root, "preprocess", *link, "--cvat", str(phantom / "annotations.xml"))
 

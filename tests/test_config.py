@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from lbp_ray.config import ConfigError, load_config
@@ -90,9 +94,90 @@ def test_cache_refuses_drifting_batchnorm(config_file):
 def test_auto_becomes_the_type_that_the_device_computes(config_file, monkeypatch, wanted, flags, gpus, found):
     import torch
 
-    from lbp_ray.tune import with_native_dtype
+    from lbp_ray.native import for_device
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
     overrides = [f"recipe.unfrozen_dtype={wanted}", f"compute.gpus_per_trial={gpus}"]
     config = load_config(StudyConfig, config_file, overrides)
-    assert with_native_dtype(config).recipe.unfrozen_dtype == found
+    assert for_device(config, gpu=bool(gpus)).recipe.unfrozen_dtype == found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu", "found"),
+    [
+        ([], False, 4),
+        (["recipe.unfrozen_dtype=bfloat16"], False, 8),
+        (["recipe.fold_training=false"], False, 2),
+        (["roi.width_px=2000", "roi.height_px=4000"], False, 1),
+        (["recipe.images_per_pass=7"], False, 7),
+        ([], True, None),
+        (["compute.workers_per_trial=2"], False, None),
+        (["recipe.unfrozen_batchnorm=train"], False, None),
+    ],
+)
+def test_a_cpu_takes_a_batch_in_passes(config_file, overrides, gpu, found):
+    from lbp_ray.native import for_device
+
+    size = ["roi.width_px=200", "roi.height_px=400", "recipe.unfrozen_dtype=float32"]
+    config = load_config(StudyConfig, config_file, [*size, *overrides])
+    assert for_device(config, gpu=gpu).recipe.images_per_pass == found
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [("recipe.unfrozen_batchnorm=train", "looks at as a whole"), ("compute.workers_per_trial=2", "is for one worker")],
+)
+def test_a_batch_that_cannot_be_divided_is_refused(config_file, other, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(StudyConfig, config_file, ["recipe.images_per_pass=4", other])
+
+
+FAULTS = """
+import resource, sys, torch
+from lbp_ray.native import keep_freed_memory
+assert keep_freed_memory() if sys.argv[1] == "keep" else True
+for _ in range(20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 * 2**20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_kept_memory_is_not_faulted_in_again():
+    kept, given_back = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "give")
+    )
+    assert kept < given_back / 10
+
+
+UNREAD = {
+    "recipe.checkpoint=min_loss": "checkpoint is read with a selection",
+    "recipe.checkpoint_top_k=3": "checkpoint_top_k is read with a selection",
+    "recipe.stop_patience=1": "stop_patience 1 cannot stop 1 unfrozen",
+    "recipe.inner_fraction=0.2": "inner_fraction is read with selection: inner_validation",
+    "recipe.study_rule_k=3": "study_rule_k is read with study_rule: top_k",
+    "evaluation.threshold_target=0.9": "threshold_target belongs to threshold_criterion",
+    "evaluation.threshold_criterion=npv": "threshold_target belongs to threshold_criterion",
+}
+
+
+@pytest.mark.parametrize("override", UNREAD)
+def test_a_key_that_would_change_nothing_is_refused(config_file, override):
+    with pytest.raises(ConfigError, match=UNREAD[override]):
+        load_config(StudyConfig, config_file, [override])
+
+
+def test_slice_thresholds_judge_studies_by_the_any_rule_only(config_file):
+    overrides = ["evaluation.threshold_level=slice", "recipe.study_rule=mean"]
+    with pytest.raises(ConfigError, match="threshold_level: slice judges a study by whether any slice"):
+        load_config(StudyConfig, config_file, overrides)
+    assert load_config(StudyConfig, config_file, overrides[:1]).evaluation.threshold_level == "slice"
+
+
+def test_an_unset_variable_is_one_fault_not_two(monkeypatch):
+    monkeypatch.delenv("LBP_RAY_ROOT", raising=False)
+    with pytest.raises(ConfigError, match="1 fault") as caught:
+        load_config(StudyConfig, Path(__file__).parents[1] / "configs" / "demo.yaml")
+    assert "export LBP_RAY_ROOT=" in str(caught.value)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
+import os
 import re
 import shlex
 import shutil
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 from pydantic_core import PydanticUndefined
 
+from cluster.__main__ import COMMANDS as CLUSTER
 from lbp_ray import study
 from lbp_ray.config import ConfigError, FrozenModel, load_config
 from lbp_ray.out_of_fold import OUT_OF_FOLD_COLUMNS
@@ -44,11 +47,18 @@ def words_after(line, start):
 
 
 COMMANDS = [(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in commands(page.read_text())]
-PYTHON = [pytest.param(line, id=f"{page}:{line[:60]}") for page, line in COMMANDS if "python -m " in line]
+PYTHON = [
+    pytest.param(part, id=f"{page}:{part[:60]}")
+    for page, line in COMMANDS
+    for part in line.split(" -- ")  # a command that is given to another one is checked for itself
+    if "python -m " in part
+]
 MAKE = sorted({line for _, line in COMMANDS if line.startswith("make ")})
 
 
-def module_source(name):
+def module_source(name, arguments=()):
+    if name == "cluster":
+        return (ROOT / Path(*CLUSTER[arguments[0]][0].split("."))).with_suffix(".py").read_text()
     path = ROOT / Path(*name.split("."))
     return (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
 
@@ -60,8 +70,12 @@ def text_constants(source):
 def test_commands_were_found():
     modules = {words_after(line, "python -m ")[0] for line in (param.values[0] for param in PYTHON)}
     assert modules == {
+        "cluster",
+        "lbp_ray.cohort",
+        "lbp_ray.excluded",
         "lbp_ray.export",
         "lbp_ray.phantom",
+        "lbp_ray.plan",
         "lbp_ray.predict",
         "lbp_ray.report",
         "lbp_ray.seal",
@@ -77,8 +91,8 @@ def test_commands_were_found():
 @pytest.mark.parametrize("line", PYTHON)
 def test_module_and_its_options_exist(line):
     module, *arguments = words_after(line, "python -m ")
-    known = text_constants(module_source(module))
-    assert {word for word in arguments if word.startswith("--")} <= known
+    known = text_constants(module_source(module, arguments))
+    assert {word.partition("=")[0] for word in arguments if word.startswith("--")} <= known
     if module == "preprocess" and re.fullmatch("[a-z]+", arguments[0]):
         assert arguments[0] in known
 
@@ -114,7 +128,7 @@ def test_shell_blocks_parse(page):
 
 def documented_keys(page):
     text = (ROOT / "docs" / page).read_text()
-    return dict(re.findall(r"^\| `([a-z_.]+)` \| .*? \| (.*?) \| ", text, flags=re.MULTILINE))
+    return dict(re.findall(r"^\| `([a-z0-9_.]+)` \| .*? \| (.*?) \| ", text, flags=re.MULTILINE))
 
 
 def real_keys(whole):
@@ -166,3 +180,14 @@ def test_every_page_is_on_the_map():
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_symptoms_of_the_guide_are_words_of_this_project_or_of_a_full_disk():
+    guide = (ROOT / "docs" / "howto-when-it-fails.md").read_text()
+    table = guide.split("## What this project says")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE)
+    symptoms = [words for row in rows for words in re.findall("`(.*?)`", row)]
+    sources = [path for package in ("preprocess", "lbp_ray") for path in (ROOT / package).rglob("*.py")]
+    said = "\n".join(str(text) for path in sources for text in text_constants(path.read_text()))
+    assert len(symptoms) > 9
+    assert [words for words in symptoms if words not in f"{said}\n{os.strerror(errno.ENOSPC)}"] == []

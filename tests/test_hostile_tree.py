@@ -44,12 +44,11 @@ CLEANED = {"monochrome1", "junk_in_high_bits", "signed_12_bits", "signedness_var
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hostile")
-    key = folder / "key"
+def workplace(module_folder):
+    key = module_folder / "key"
     key.write_text("5a" * 32)
     key.chmod(0o600)
-    return folder
+    return module_folder
 
 
 def convert(workplace, tree, name, *options):

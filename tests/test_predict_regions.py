@@ -7,11 +7,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from cohort_factory import choose_middle, make_cohort
+import torch
+from cohort_factory import choose_middle, commit_trial, make_cohort, study_config
 from regions_factory import make_mask, make_regions
 from store_factory import pseudonym
 
-from lbp_ray.predict import PredictError, Predictor, SliceCountPredictor, predict_exam
+from lbp_ray.out_of_fold import collect
+from lbp_ray.predict import PredictError, Predictor, SliceCountPredictor, describe_predictor, predict_exam
+from lbp_ray.prepare import prepare
+from lbp_ray.tune import plan_trials
 from preprocess.exam import ConvertedExam
 from preprocess.store.read import SliceStore
 
@@ -47,6 +51,7 @@ def predictor(data, tmp_path):
         lowest_mid_score=-1.0,
         lowest_mid_margin=-1.0,
         study_rule="mean",
+        study_rule_k=2,
         by_slice_count={1: SliceCountPredictor(models=(middle,), threshold=0.5)},
         regions=folder,
     )
@@ -60,7 +65,8 @@ def answer(monkeypatch):
     def give(mask):
         segmenter = SimpleNamespace(masks=lambda images: [mask for _ in images])
         monkeypatch.setattr("lbp_ray.segment.infer.Segmenter.load", lambda *_, **__: segmenter)
-        monkeypatch.setattr("lbp_ray.predict._score", lambda _, crops: seen.append(crops) or np.full(len(crops), 0.5))
+        half = lambda _, crops: seen.append(crops) or np.full(len(crops), 0.5)  # noqa: E731
+        monkeypatch.setattr("lbp_ray.predict.slice_probabilities", half)
         return seen
 
     return give
@@ -92,11 +98,42 @@ def test_a_lost_segmenter_is_said(predictor, exam):
         predict_exam(predictor, exam, num_slices=1)
 
 
-def test_a_predictor_made_before_there_were_regions_is_read(predictor, tmp_path):
-    content = json.loads(predictor.model_dump_json())
-    del content["regions"], content["box_mm"]
+def test_a_predictor_of_another_version_is_refused_with_the_way_out(predictor, tmp_path):
+    content = json.loads(predictor.model_dump_json()) | {"study_rule": "max"}
     (tmp_path / "predictor.json").write_text(json.dumps(content))
-    assert Predictor.load(tmp_path).regions is None
+    with pytest.raises(PredictError, match=r"another version of this program; run the study again"):
+        Predictor.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"), [("any", 0.8), ("mean", 0.45), ("top_k", 0.6), ("noisy_or", 0.8935)], ids=str
+)
+def test_an_exam_is_scored_by_each_network_before_they_are_averaged(predictor, exam, monkeypatch, rule, expected):
+    """As the scores were that the threshold was fitted on."""
+    answers = {"a": [0.9, 0.1, 0.5], "b": [0.2, 0.3, 0.7]}
+    monkeypatch.setattr("lbp_ray.predict.slice_probabilities", lambda path, _: np.array(answers[path.name]))
+    monkeypatch.setattr("lbp_ray.predict._cut", lambda *_: ((0, 0, 8, 6), np.ones((3, 8, 6)), np.array([1, 2, 3])))
+    networks = SliceCountPredictor(models=(predictor.regions / "a", predictor.regions / "b"), threshold=expected)
+    study = predictor.model_copy(update={"study_rule": rule, "by_slice_count": {3: networks}})
+    prediction, _ = predict_exam(study, exam, num_slices=3, centroid=(8, 6))
+    assert prediction.probability == pytest.approx(expected, abs=1e-9)
+    assert prediction.slice_probabilities == pytest.approx((0.55, 0.2, 0.6))
+
+
+def test_the_threshold_of_a_predictor_is_that_of_the_study_s_averages(data, tmp_path, monkeypatch):
+    """As evaluation says, not always Youden's."""
+    monkeypatch.setattr("lbp_ray.prepare.load_backbone_weights", lambda *_, **__: {"weight": torch.zeros(1)})
+    config = study_config(data, tmp_path, seeds=(0, 1), evaluation={"ensemble_threshold": "mean_of_seeds"})
+    study = prepare(config)
+    specs = plan_trials(config, crops_hash="c", split_hash="s", weights_hash="w")
+    folders = [tmp_path / spec.cell.name for spec in specs]
+    for spec, folder in zip(specs, folders, strict=True):
+        commit_trial(spec, folder, study)
+        (folder / "model.pt").touch()
+    found = describe_predictor(config, study, specs, folders).by_slice_count[1]
+    table = collect(specs, folders, study.analysed, config.evaluation)
+    assert found.threshold == pytest.approx(table.drop_duplicates(["fold", "seed"])["threshold"].mean())
+    assert found.models == tuple(folder / "model.pt" for folder in folders)
 
 
 def test_a_physical_box_fits_other_spacings(predictor, exam, answer):

@@ -113,3 +113,12 @@ def test_folders_without_one_exam_are_refused(tmp_path, series, message):
         make_series(tmp_path / "dicom" / str(number), **options)
     with pytest.raises(ExamError, match=message):
         convert_exam(tmp_path / "dicom")
+
+
+@pytest.mark.parametrize(("length", "short"), [(43, True), (44, False)])
+def test_sockets_of_a_cluster_fit_where_its_folder_lies(monkeypatch, length, short):
+    """Ray's longest socket path is 64 bytes longer than its folder, and Linux takes 107."""
+    from preprocess.job import _short_temporary_folder
+
+    monkeypatch.setattr("tempfile.tempdir", "/" + "t" * (length - len("/" + "/ray")))
+    assert (_short_temporary_folder() != "/tmp/ray") == short

@@ -20,10 +20,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("river")]
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("river")
-    prepare_cohort(root)
-    return root
+def root(module_folder):
+    prepare_cohort(module_folder)
+    return module_folder
 
 
 @pytest.fixture(scope="module")

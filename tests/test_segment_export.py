@@ -12,9 +12,10 @@ from matplotlib.image import imread
 from store_factory import make_record, make_store, pseudonym
 
 from lbp_ray.roi.annotations import REGION, read_annotations
-from lbp_ray.roi.regions import COLUMNS, Plausible, RegionError, Regions, RegionsMeta, mask_of, runs_of
+from lbp_ray.roi.regions import COLUMNS, Plausible, RegionError, Regions, RegionsMeta, mask_of
 from lbp_ray.segment.export import ANNOTATIONS, IMAGES, export_regions, main
 from lbp_ray.segment.region import describe_mask
+from preprocess.cvat.shapes import rle_from_mask
 from preprocess.store.read import SliceStore
 
 SHAPE, MIDDLE, NUM_EXAMS = (40, 32), 2, 6
@@ -53,7 +54,7 @@ def regions(store, tmp_path_factory):
         place = {"slice_index": MIDDLE, "rows": SHAPE[0], "columns": SHAPE[1], "source": "model", "fold": -1}
         flags = {EMPTY: "empty", FLAGGED: "at_edge"}.get(number, "")
         sizes = asdict(describe_mask(mask_for(number), (1.0, 1.0)))
-        rows.append(ids | place | sizes | {"mask_rle": runs_of(mask_for(number)), "flags": flags})
+        rows.append(ids | place | sizes | {"mask_rle": rle_from_mask(mask_for(number)), "flags": flags})
     table = pd.DataFrame(rows)[list(COLUMNS)].sort_values("study_id", ignore_index=True)
     scores, wide = pd.DataFrame({"dice": [0.9]}), (0.0, 1e9)
     meta = RegionsMeta(

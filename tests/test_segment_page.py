@@ -15,7 +15,7 @@ from matplotlib.image import imread
 
 from lbp_ray.roi.contact_sheet import MASK_COLOUR
 from lbp_ray.roi.overrides import OverrideTargets, read_overrides
-from lbp_ray.roi.regions import COLUMNS, SCORE_COLUMNS, Regions, RegionsMeta, runs_of
+from lbp_ray.roi.regions import COLUMNS, SCORE_COLUMNS, Regions, RegionsMeta
 from lbp_ray.segment.page import HISTORY_COLUMNS, render_console, write_page
 from lbp_ray.segment.region import describe_mask, flags_of, plausible_ranges
 from lbp_ray.segment.review import (
@@ -30,6 +30,7 @@ from lbp_ray.segment.review import (
     write_review,
 )
 from lbp_ray.segment.scores import mean_box, score_slice
+from preprocess.cvat.shapes import rle_from_mask
 
 SIZE, SPACING_MM, FOLDS = 128, (2.0, 2.0), 3
 
@@ -78,7 +79,7 @@ def make_regions(folder, *, num_exams=30, num_annotated=18, statements=("Synthet
         sizes = {name: getattr(region, name) for name in COLUMNS if hasattr(region, name)}
         rows.append(
             place
-            | {"rows": SIZE, "columns": SIZE, "source": source, "mask_rle": runs_of(mask)}
+            | {"rows": SIZE, "columns": SIZE, "source": source, "mask_rle": rle_from_mask(mask)}
             | sizes
             | {"flags": flags_of(region, plausible)}
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,9 @@ from river import expect, prepare_cohort, result_folder, run, study_arguments
 from lbp_ray.roi.regions import MODEL, OUT_OF_FOLD, Regions, mask_of
 from lbp_ray.segment.network import SegmentError
 from lbp_ray.splits import HOLDOUT
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -30,12 +34,11 @@ def find_regions(root, *overrides):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(module_folder):
     """Root of a cohort of which some exams are not annotated, with a sealed split."""
-    root = tmp_path_factory.mktemp("segment")
-    prepare_cohort(root, "phantom_tiny", "cohort.annotated=20")
-    expect(root, "lbp_ray.seal", *STUDY)
-    return root
+    prepare_cohort(module_folder, "phantom_tiny", "cohort.annotated=20")
+    expect(module_folder, "lbp_ray.seal", *STUDY)
+    return module_folder
 
 
 @pytest.fixture(scope="module")
@@ -158,20 +161,40 @@ DRIVER_POINTS = [f"{stage}:{side}-rename" for stage in ("training_set", "regions
 POINTS = [*TRAINING_POINTS, *MASK_POINTS, *DRIVER_POINTS]
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_kill_at_every_commit_point(root, found, tmp_path, point):
-    """What is lost before the point is made again, and the regions are those of an undisturbed run."""
-    runs = tmp_path / "runs"
+def without(root: Path, runs: Path, lost: str) -> tuple[str, ...]:
+    """Copy finished runs but for the regions and some of what they were made from; return the command's arguments."""
     shutil.copytree(root / "runs", runs, ignore=shutil.ignore_patterns("regions", "tune", "two"))
-    lost = {"training_set": "training_sets/*", "network": "trials/roi-fold01-*", "segment": "trials/roi-fold01-*"}
-    for path in runs.glob(f"roi/{lost.get(point.partition(':')[0], 'nothing')}"):
+    for path in runs.glob(f"roi/{lost}"):
         shutil.rmtree(path)
-    arguments = (*FINDER, *SMALLER, f"paths.runs={runs}", "compute.checkpoint_s=0")
-    status, output = run(root, "lbp_ray.segment", *arguments, LBP_RAY_KILL_AT=f"{point}@{tmp_path / 'marker'}")
-    assert (tmp_path / "marker").exists(), "the commit point was never reached"
-    assert status == (-signal.SIGKILL if point in DRIVER_POINTS else 0), output[-2000:]
+    return (*FINDER, *SMALLER, f"paths.runs={runs}", "compute.checkpoint_s=0")
+
+
+def finish_and_compare(root: Path, runs: Path, arguments: tuple[str, ...], undisturbed: Path) -> None:
     expect(root, "lbp_ray.segment", *arguments)
     (folder,) = (runs / "regions").glob("[!.]*")
     for name in ("regions.parquet", "scores.parquet", "regions.json", "final.pt"):
-        assert (folder / name).read_bytes() == (found[0].folder / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (undisturbed / name).read_bytes(), name
     assert not list(runs.glob("roi/in_progress/*"))
+
+
+@pytest.mark.parametrize("point", [*TRAINING_POINTS, *MASK_POINTS])
+def test_kill_of_a_worker_at_every_commit_point(root, found, tmp_path, point):
+    """What is lost before the point is made again, and the regions are those of an undisturbed run."""
+    lost = {"network": "trials/roi-fold01-*", "segment": "trials/roi-fold01-*"}
+    arguments = without(root, tmp_path / "runs", lost.get(point.partition(":")[0], "nothing"))
+    marker = tmp_path / "marker"
+    status, output = run(root, "lbp_ray.segment", *arguments, LBP_RAY_KILL_AT=f"{point}@{marker}")
+    assert marker.exists(), "the commit point was never reached"
+    assert status == 0, output[-2000:]
+    finish_and_compare(root, tmp_path / "runs", arguments, found[0].folder)
+
+
+def test_kill_of_the_driver_at_every_commit_point(root, found, tmp_path):
+    """Killed at one point after the other; every run goes on where the kill before left it."""
+    arguments = without(root, tmp_path / "runs", "training_sets/*")
+    for number, point in enumerate(DRIVER_POINTS):
+        marker = tmp_path / f"marker{number}"
+        status, output = run(root, "lbp_ray.segment", *arguments, LBP_RAY_KILL_AT=f"{point}@{marker}")
+        assert marker.exists(), f"{point} was never reached: {output[-2000:]}"
+        assert status == -signal.SIGKILL, point
+    finish_and_compare(root, tmp_path / "runs", arguments, found[0].folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -155,15 +155,11 @@ def build_crops(
     if not folder.is_dir():
         cutting = _Cutting(store, load_midsagittal(midsagittal).set_index("series_id")["slice_index"], centres, request)
         cutting.refuse_unflagged()
-        cutting.cut_all(progress=progress)
-        if not cutting.pixels:
-            reasons = pd.Series([row["reason"] for row in cutting.excluded]).value_counts().to_dict()
-            msg = (
-                f"no study of the store yields a crop: {reasons}; check annotations or regions, and the mid-sagittal "
-                "artefact"
-            )
-            raise RoiError(msg)
-        cutting.commit(folder)
+        with committed_directory(folder, point="crops") as partial:
+            with (partial / "crops.npy").open("wb") as file:
+                digest = cutting.cut_all(file, progress=progress)
+            cutting.refuse_none()
+            cutting.write(partial, digest)
     return Crops.open(folder)
 
 
@@ -172,8 +168,9 @@ class _Cutting:
 
     def __init__(self, store: SliceStore, middle: pd.Series[int], centres: Centres, request: CropRequest) -> None:
         self.store, self.middle, self.centres, self.request = store, middle, centres, request
+        self.dtype = np.result_type(*store.manifest["dtype"].unique())
+        """Holds every stored value of the store: uint16, int16, or int32 where series differ."""
         self.table: list[dict[str, Any]] = []
-        self.pixels: list[np.ndarray] = []
         self.excluded: list[dict[str, str]] = []
         self.review: list[dict[str, Any]] = []
         self.review_masks: list[np.ndarray] = []
@@ -205,19 +202,45 @@ class _Cutting:
             return False
         return replaced is not None
 
-    def cut_all(self, *, progress: bool) -> None:
+    def cut_all(self, file: BinaryIO, *, progress: bool) -> hashlib._Hash:
+        """Write the crops one by one as ``numpy.save`` would write all of them, and return the hash of their pixels."""
+        self._write_header(file)
+        digest = hashlib.sha256()
         series = self.store.manifest.sort_values("study_id").to_dict("records")
         for row in tqdm(series, desc="crops", unit="study", disable=not progress):
             try:
-                self._cut({str(name): value for name, value in row.items()})
+                pixels = self._cut({str(name): value for name, value in row.items()}).astype(self.dtype).tobytes()
+                digest.update(pixels)
+                file.write(pixels)
             except Excluded as verdict:
                 told = {"study_id": row["study_id"], "reason": verdict.reason, "detail": str(verdict)}
                 self.excluded.append(told)
                 if isinstance(verdict, Flagged):
                     self.review.append({**told, "series_id": row["series_id"], "slice_index": verdict.slice_index})
                     self.review_masks += [verdict.mask_HW] if len(self.review_masks) < MAX_TILES else []
+        file.seek(0)
+        self._write_header(file)
+        return digest
 
-    def _cut(self, row: dict[str, Any]) -> None:
+    def _write_header(self, file: BinaryIO) -> None:
+        """Write numpy's header, which keeps room for any number of studies."""
+        request = self.request
+        shape = (len(self.table), len(request.offsets_mm), request.height_px, request.width_px)
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        np.lib.format.write_array_header_1_0(file, {"shape": shape, "fortran_order": False, "descr": descr})
+
+    def refuse_none(self) -> None:
+        """Refuse an artefact without crops."""
+        if not self.table:
+            reasons = pd.Series([row["reason"] for row in self.excluded]).value_counts().to_dict()
+            msg = (
+                f"no study of the store yields a crop: {reasons}; check annotations or regions, and the mid-sagittal "
+                "artefact"
+            )
+            raise RoiError(msg)
+
+    def _cut(self, row: dict[str, Any]) -> np.ndarray:
+        """Return the crops of one study, (K, H, W), after adding its row to the table."""
         series_id = str(row["series_id"])
         if series_id not in self.middle.index:
             raise Excluded("no_midsagittal", "the mid-sagittal artefact does not name this series")
@@ -232,7 +255,7 @@ class _Cutting:
         cut_KHW = box.cut(volume_SHW[indices])
         if (cut_KHW == cut_KHW[:, :1, :1]).all(axis=(1, 2)).any():
             raise Excluded("blank_crop", "a slice is constant inside the box")
-        self.pixels.append(request.crop(volume_SHW[indices], box))
+        pixels_KHW = request.crop(volume_SHW[indices], box)
         offsets = [float(positions_mm[index] - positions_mm[mid_index]) for index in indices]
         is_resampled = (box.height, box.width) != (request.height_px, request.width_px)
         self.table.append(
@@ -253,21 +276,20 @@ class _Cutting:
                 "column_spacing_mm": spacing_mm[1],
             }
         )
+        return pixels_KHW
 
-    def commit(self, folder: Path) -> None:
-        table, pixels_NKHW = pd.DataFrame(self.table), np.stack(self.pixels)
-        digest = hashlib.sha256(np.ascontiguousarray(pixels_NKHW).tobytes())
+    def write(self, folder: Path, digest: hashlib._Hash) -> None:
+        """Write what stands beside the pixels, whose hash goes on over the table."""
+        table = pd.DataFrame(self.table)
         digest.update(table.to_json(orient="records", double_precision=15).encode())
-        with committed_directory(folder, point="crops") as partial:
-            np.save(partial / "crops.npy", pixels_NKHW)
-            table.to_parquet(partial / "crops.parquet", index=False)
-            excluded = pd.DataFrame(self.excluded, columns=list(EXCLUDED_COLUMNS), dtype=str)
-            excluded.to_parquet(partial / "excluded.parquet", index=False)
-            pd.DataFrame(self.review, columns=list(REVIEW_COLUMNS)).to_csv(partial / "review.csv", index=False)
-            (partial / "contact_sheet.png").write_bytes(self._contact_sheet())
-            if self.review:
-                (partial / "review.png").write_bytes(self._review_sheet())
-            (partial / "crops.json").write_text(json.dumps({"crops_hash": digest.hexdigest()}))
+        table.to_parquet(folder / "crops.parquet", index=False)
+        excluded = pd.DataFrame(self.excluded, columns=list(EXCLUDED_COLUMNS), dtype=str)
+        excluded.to_parquet(folder / "excluded.parquet", index=False)
+        pd.DataFrame(self.review, columns=list(REVIEW_COLUMNS)).to_csv(folder / "review.csv", index=False)
+        (folder / "contact_sheet.png").write_bytes(self._contact_sheet())
+        if self.review:
+            (folder / "review.png").write_bytes(self._review_sheet())
+        (folder / "crops.json").write_text(json.dumps({"crops_hash": digest.hexdigest()}))
 
     def _contact_sheet(self) -> bytes:
         tiles = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lbp_ray.roi.centres import MANUAL
 from lbp_ray.roi.regions import OUT_OF_FOLD, RegionError, Regions, RegionsMeta
-from lbp_ray.splits import HOLDOUT
+from lbp_ray.splits import HOLDOUT, SplitError, require_no_holdout, sealed_among
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -132,21 +132,25 @@ def manual_statements(crops: pd.DataFrame) -> tuple[str, ...]:
 
 
 def _sealed_statements(regions: Regions, table: pd.DataFrame, *, allowed: bool) -> tuple[str, ...]:
-    sealed = table.loc[table["fold"] == HOLDOUT, "patient_id"]
-    shown = sorted(set(regions.meta.trained_patients) & set(sealed))
-    if not shown:
+    # By their names in the store and in the split: a linked questionnaire may join patients.
+    trained = [
+        exams.loc[exams["patient_id"].isin(regions.meta.trained_patients), "study_id"]
+        for exams in (regions.table, table)
+    ]
+    shown = set().union(*trained)
+    if not allowed:
+        try:
+            require_no_holdout(table, shown, "region_finder")
+        except SplitError as error:
+            msg = f"{regions.folder}: {error}"
+            raise RegionError(msg) from error
+    patients = sealed_among(table, shown)["patient_id"].nunique()
+    if not patients:
         return ()
-    if allowed:
-        return (
-            f"The segmenter that placed the crops was trained on {len(shown)} patient(s) of the sealed hold-out: the "
-            "hold-out is not untouched.",
-        )
-    msg = (
-        f"{regions.folder} was trained on {len(shown)} patient(s) of the sealed hold-out, e.g. patient {shown[0]}; "
-        "train it again after `python -m lbp_ray.seal`, with this study as the one whose hold-out stays unseen, or set "
-        "roi.allow_holdout_training=true and have the report say so"
+    return (
+        f"The segmenter that placed the crops was trained on {patients} patient(s) of the sealed hold-out: the "
+        "hold-out is not untouched.",
     )
-    raise RegionError(msg)
 
 
 def _nesting_statements(regions: Regions, split: Split, *, label_blind: bool) -> tuple[str, ...]:

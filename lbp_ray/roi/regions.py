@@ -15,6 +15,7 @@ import pandas as pd
 
 from lbp_ray.config import FrozenModel
 from preprocess.commit import canonical_json
+from preprocess.cvat.shapes import mask_from_rle
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -131,13 +132,4 @@ def hash_regions(table: pd.DataFrame, scores: pd.DataFrame, meta: RegionsMeta) -
 
 def mask_of(row: dict[Any, Any] | pd.Series[Any]) -> np.ndarray:
     """Return the mask of one row of the table: (rows, columns) bool, on the pixel grid of the store."""
-    runs = np.asarray(row["mask_rle"], dtype=np.int64)
-    values = np.arange(len(runs)) % 2 == 1
-    return np.repeat(values, runs).reshape(int(row["rows"]), int(row["columns"]))
-
-
-def runs_of(mask: np.ndarray) -> list[int]:
-    """Return the run lengths of a (rows, columns) bool mask; `mask_of` is the way back."""
-    flat = np.concatenate([[False], mask.ravel(), [not mask.ravel()[-1]]])
-    edges = np.flatnonzero(flat[1:] != flat[:-1])
-    return [int(run) for run in np.diff(np.concatenate([[0], edges]))]
+    return mask_from_rle(row["mask_rle"], (int(row["rows"]), int(row["columns"])))

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import pandas as pd
 import torch
 
-from lbp_ray.roi.regions import runs_of
 from lbp_ray.segment.infer import Segmenter
 from lbp_ray.segment.region import describe_mask, without_specks
 from preprocess.commit import commit_point, content_id, write_atomic
+from preprocess.cvat.shapes import rle_from_mask
 from preprocess.store.read import SliceStore, complete_partitions
 from preprocess.store.scan import partition_of
 
@@ -124,7 +124,7 @@ def _row(store: SliceStore, item: Slice, fold: int, mask: np.ndarray) -> dict[st
         "columns": mask.shape[1],
         "row_mm": record.spacing_row_mm,
         "column_mm": record.spacing_column_mm,
-        "mask_rle": runs_of(mask),
+        "mask_rle": rle_from_mask(mask),
         **asdict(region),
     }
 

@@ -24,7 +24,7 @@ from lbp_ray.roi.annotations import annotations_sha256, faults_by_image, read_an
 from lbp_ray.runs import RunPaths
 from lbp_ray.segment.network import APART, FINAL, FoldSpec, SegmentError, place_of
 from lbp_ray.segment.samples import Grid
-from lbp_ray.splits import HOLDOUT, Split
+from lbp_ray.splits import HOLDOUT, Split, require_no_holdout
 from preprocess.commit import canonical_json, committed_directory, content_id
 from preprocess.midsagittal.choose import CONTRAST, load_midsagittal
 from preprocess.store.read import SliceStore
@@ -92,6 +92,8 @@ def plan_regions(config: SegmentConfig) -> Plan:
     split = sealed_split(RunPaths(config.paths.runs, config.folds.study)) if config.folds.study else None
     fold_of_patient = assign_folds(config, annotated, split)
     annotated["fold"] = [fold_of_patient.get(patient, APART) for patient in annotated["patient_id"]]
+    if split is not None:
+        require_no_holdout(split.table, annotated.loc[annotated["fold"] != APART, "study_id"], "region_finder")
     _require_enough(annotated, _num_folds(config, split))
     encoder = None
     if config.recipe.weights != "random":
