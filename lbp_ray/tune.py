@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from lbp_ray.config import load_config
 from lbp_ray.distributed.extract import ensure_features
 from lbp_ray.distributed.progress import Progress, Tally
 from lbp_ray.distributed.trackers import Trackers, require
+from lbp_ray.distributed.tuning import run_trials
 from lbp_ray.distributed.waiter import measured_share, options, waiting_trial
 from lbp_ray.distributed.worker import load_trial_data
 from lbp_ray.features import features_id
@@ -35,6 +34,9 @@ from lbp_ray.runs import RunError, RunPaths
 from lbp_ray.study import StudyConfig
 from preprocess.commit import write_atomic
 from preprocess.job import connect
+
+Cells = dict[str, tuple[TrialSpec, TrialPlace]]
+"""Specification and place of each cell, by its name."""
 
 
 def plan_trials(config: StudyConfig, *, crops_hash: str, split_hash: str, weights_hash: str) -> list[TrialSpec]:
@@ -127,13 +129,12 @@ def _run(config: StudyConfig) -> Path:
     )
     cells = {spec.cell.name: (spec, place_of(spec, prepared.paths, config)) for spec in specs}
     trackers = Trackers(config.compute.trackers, study=config.name, root=prepared.paths.folder, cells=cells)
-    missing = [spec for spec in specs if not place_of(spec, prepared.paths, config).is_complete]
     shared = _shared(config, prepared)
-    if missing or (shared.features is not None and not shared.features.is_dir()):
+    if _missing(cells) or (shared.features is not None and not shared.features.is_dir()):
         with connect():
             tell_of_idle_gpus(config)
             trials_at_once(config)
-            _run_missing(config, prepared, shared, missing, callbacks=[progress_of(config, specs, missing), trackers])
+            _run_missing(config, prepared, shared, cells, trackers)
     for _, place in cells.values():
         place.checkpoint.unlink(missing_ok=True)  # of an attempt that another one overtook
     torch.set_num_threads(config.recipe.threads)
@@ -147,13 +148,13 @@ def _run(config: StudyConfig) -> Path:
     return report
 
 
-def progress_of(config: StudyConfig, specs: list[TrialSpec], missing: list[TrialSpec]) -> Progress:
+def progress_of(config: StudyConfig, cells: Cells, missing: list[str]) -> Progress:
     """Return what tells the console and the metrics endpoint of the trials."""
     recipe = config.recipe
     tally = Tally(
-        {spec.cell.name: spec.cell.num_slices for spec in missing},
+        {name: cells[name][0].cell.num_slices for name in missing},
         {"frozen": recipe.frozen_epochs, "unfrozen": recipe.unfrozen_epochs},
-        done=len(specs) - len(missing),
+        done=len(cells) - len(missing),
     )
     return Progress(tally, study=config.name, stream=sys.stdout if config.compute.verbose else None)
 
@@ -209,9 +210,11 @@ def trials_at_once(config: StudyConfig) -> int:
     return fit // workers
 
 
-def _run_missing(
-    config: StudyConfig, prepared: Prepared, shared: Shared, missing: list[TrialSpec], *, callbacks: list[tune.Callback]
-) -> None:
+def _missing(cells: Cells) -> list[str]:
+    return [name for name, (_, place) in cells.items() if not place.is_complete]
+
+
+def _run_missing(config: StudyConfig, prepared: Prepared, shared: Shared, cells: Cells, trackers: Trackers) -> None:
     recipe, compute = config.recipe, config.compute
     if shared.features is not None:
         ensure_features(
@@ -221,39 +224,29 @@ def _run_missing(
             gpus=compute.gpus_per_worker,
             progress=compute.verbose,
         )
-    if not missing:
+    names = _missing(cells)
+    if not names:
         return
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # `Progress` is the console; Tune's own boxes stay away
-    by_name = {spec.cell.name: (spec, place_of(spec, prepared.paths, config)) for spec in missing}
-    trial, limits = _waiting(config, prepared, shared, by_name)
-    results = tune.Tuner(
+    trial, limits = _waiting(config, prepared, shared, {name: cells[name] for name in names})
+    errors = run_trials(
         trial,
-        param_space={"name": tune.grid_search(list(by_name))},
-        tune_config=tune.TuneConfig(
-            **limits,
-            trial_name_creator=lambda trial: str(trial.config["name"]),
-            trial_dirname_creator=lambda trial: str(trial.config["name"]),
-        ),
-        run_config=tune.RunConfig(
-            name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",  # tasks of an array start together
-            storage_path=str(prepared.paths.tune),
-            # Workers that share a trial are started again by Ray Train.
-            failure_config=tune.FailureConfig(max_failures=compute.max_failures if compute.workers == 1 else 0),
-            callbacks=callbacks,
-            verbose=0,
-        ),
-    ).fit()
-    if results.errors:
+        lambda: _missing(cells),
+        storage=prepared.paths.tune,
+        callbacks=lambda names: [progress_of(config, cells, names), trackers],
+        retries=compute.max_failures,
+        # Workers that share a trial are started again by Ray Train.
+        restarts=compute.max_failures if compute.workers == 1 else 0,
+        **limits,
+    )
+    if errors:
         msg = (
-            f"{len(results.errors)} of {len(missing)} trial(s) failed after {compute.max_failures} retries; the first: "
-            f"{str(results.errors[0]).strip().splitlines()[-1]}; run the same command again to run only what is missing"
+            f"{len(errors)} of {len(names)} trial(s) failed after {compute.max_failures} retries; the first: "
+            f"{errors[0]}; run the same command again to run only what is missing"
         )
         raise RunError(msg)
 
 
-def _waiting(
-    config: StudyConfig, prepared: Prepared, shared: Shared, cells: dict[str, tuple[TrialSpec, TrialPlace]]
-) -> tuple[Any, dict[str, Any]]:
+def _waiting(config: StudyConfig, prepared: Prepared, shared: Shared, cells: Cells) -> tuple[Any, dict[str, Any]]:
     """Return what Tune runs, with the resources it takes, and what limits how many run at a time."""
     if config.compute.workers > 1:
         from lbp_ray.distributed.ddp import shared_trial

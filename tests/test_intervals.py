@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import norm
 
 from benchmarks.intervals import cross_validations
-from lbp_ray.aggregate import compare_slice_counts
+from lbp_ray.aggregate import compare_slice_counts, out_of_fold_inflation
 from lbp_ray.intervals import (
     _wilson_intervals,
     area_interval,
@@ -21,7 +21,7 @@ from lbp_ray.intervals import (
     wilson_interval,
 )
 from lbp_ray.metrics import MetricError, all_metrics, patient_resamples, percentile_interval, resampled_metrics, roc_auc
-from lbp_ray.study import EvaluationConfig
+from lbp_ray.study import EvaluationConfig, StudyConfig
 
 SIMULATIONS = 2000
 
@@ -359,6 +359,25 @@ def test_slice_counts_are_compared_on_the_same_studies():
         assert pair.p_adjusted >= pair.p_value
     assert found[1, 3].p_adjusted < 0.001
     assert found[3, 5].p_adjusted > 0.05
+
+
+def test_cross_validation_widens_the_difference_of_slice_counts():
+    chance = np.random.default_rng(4)
+    labels = np.repeat([1, 0], [60, 120])
+    tables = {count: study_table(chance.standard_normal(180) + labels, labels) for count in (1, 3)}
+    patient_of = {study: f"p{study}" for study in tables[1]["study_id"]}
+    (plain,), (wide,) = (compare_slice_counts(tables, patient_of, 0.95, inflation=factor) for factor in (1.0, 4.0))
+    assert wide.difference == plain.difference
+    assert wide.high - wide.low == pytest.approx(2 * (plain.high - plain.low))
+    assert wide.p_value > plain.p_value
+
+
+@pytest.mark.parametrize(("how", "factor"), [("nadeau_bengio", 1 + 4 / 3), ("one_model", 1.0)])
+def test_out_of_fold_variance_is_that_of_the_named_choice(tmp_path, how, factor):
+    places = dict.fromkeys(("store", "questionnaire", "annotations", "runs"), tmp_path)
+    sections = {"split": {"folds": 4}, "evaluation": {"cross_validated_variance": how}}
+    config = StudyConfig.model_validate({"name": "s", "paths": places, **sections})
+    assert out_of_fold_inflation(config) == pytest.approx(factor)
 
 
 def test_a_single_slice_count_is_compared_with_none():

@@ -83,6 +83,7 @@ def test_youden_prefers_specificity_on_ties():
 def test_youden_on_reversed_scores_calls_nothing_positive():
     labels, scores = np.array([1, 0]), np.array([0.1, 0.9])
     assert (scores >= metrics.fit_threshold(labels, scores)).sum() == 0
+    assert metrics.fit_threshold(labels, scores) == pytest.approx(0.9)  # still a score, for a mean of thresholds
 
 
 def test_threshold_of_a_fold_ignores_its_own_scores(scored):

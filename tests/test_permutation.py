@@ -108,7 +108,9 @@ def test_thresholds_of_many_heads_are_those_of_one_by_one(seed):
 @pytest.mark.parametrize(("label", "called"), [(0, 0), (1, 3)], ids=["no positives", "no negatives"])
 def test_a_fold_left_with_one_class_by_a_shuffle_is_called_that_class(label, called):
     scores = np.array([[0.2], [0.5], [0.4]])
-    assert (scores >= youden_thresholds(np.full((3, 1), label), scores)).sum() == called
+    thresholds = youden_thresholds(np.full((3, 1), label), scores)
+    assert (scores >= thresholds).sum() == called
+    assert scores.min() <= thresholds[0] <= np.nextafter(scores.max(), 1)
 
 
 def test_the_chosen_epoch_is_that_of_the_largest_mcc_up_to_the_lowest_loss():

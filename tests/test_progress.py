@@ -7,11 +7,13 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 from study_factory import make_data, make_spec, random_backbone, with_features
 
 from lbp_ray.cell import TrialPlace
 from lbp_ray.distributed import progress, worker
 from lbp_ray.distributed.progress import Console, Progress, Tally, status, table
+from lbp_ray.distributed.tuning import reason_of
 from lbp_ray.resident import Resident
 
 EPOCHS = {"frozen": 10, "unfrozen": 2}
@@ -184,6 +186,22 @@ def test_failures_are_named_with_their_last_line(exported, tmp_path):
     _, again, failed = stream.getvalue().splitlines()
     assert again.startswith("k1-a failed and will be started again: TrialError: the loss is not finite | 0 done")
     assert failed.startswith("k1-a failed for good: TrialError: the loss is not finite | 0 done, 1 failed")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            f"{OutOfMemoryError.__name__}: full\nRefer to the documentation",
+            "its node's memory was full and Ray ended it",
+        ),
+        ("Traceback\nValueError: " + 300 * "x", f"ValueError: {188 * 'x'}"),
+        ("\n", "no error was reported"),
+    ],
+)
+def test_reason_of_an_error_is_one_short_line(error, reason):
+    assert reason_of(error).partition(" (docs/")[0] == reason
+    assert "\n" not in reason_of(error)
 
 
 def test_gauges_say_what_the_console_says_also_when_it_is_silent(exported):

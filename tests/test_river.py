@@ -12,6 +12,7 @@ import pytest
 from river import ROOT, expect, prepare_cohort, result_folder, run, study_arguments, tables
 
 from lbp_ray import tune
+from lbp_ray.intervals import WIDENED
 from lbp_ray.predict import PredictError, Predictor, predict_exam
 from lbp_ray.result import METRIC_NAMES, StudyResult
 from preprocess.exam import convert_exam
@@ -69,6 +70,15 @@ def test_result_holds_what_the_report_needs(root, output):
     assert 0.5 < result.bayes.realised_auc <= 1
     assert result.slice_counts[0].permutation is not None
     assert result.num_holdout_studies > 0
+
+
+def test_every_out_of_fold_interval_is_widened_for_cross_validation(root, output):
+    result = StudyResult.load(result_folder(root) / "result.json")
+    intervals = [metric.interval for part in result.slice_counts for metric in part.metrics]
+    intervals += [row.interval for row in result.rules]
+    intervals += [at.interval for row in result.rules for at in row.recall_at]
+    assert intervals
+    assert all(interval.method.endswith(WIDENED) for interval in intervals)
 
 
 def test_no_file_of_the_run_holds_a_holdout_label(root, output):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_curve
 
+from lbp_ray.intervals import WIDENED
 from lbp_ray.metrics import roc_auc
 from lbp_ray.result import Confusion, Curve
 from lbp_ray.rules import FALSE_POSITIVE_RATES, compare_rules, or_curve, recalls_at
@@ -36,9 +37,9 @@ def out_of_fold(counts=(1, 3), seeds=(0, 1), number=120, shift=1.2):
     return pd.DataFrame(rows, columns=columns).assign(fold=0)
 
 
-def compared(table, k=2, optimistic=False, evaluation=EVALUATION):
+def compared(table, k=2, optimistic=False, evaluation=EVALUATION, inflation=1.0):
     patient_of = {study: f"p{study}" for study in table["study_id"]}
-    found = compare_rules(table, patient_of, k=k, evaluation=evaluation, optimistic=optimistic, inflation=1.0)
+    found = compare_rules(table, patient_of, k=k, evaluation=evaluation, optimistic=optimistic, inflation=inflation)
     return {(row.num_slices, row.rule): row for row in found}
 
 
@@ -98,6 +99,18 @@ def test_what_was_chosen_on_its_own_fold_has_no_intervals():
     for row in compared(out_of_fold(), optimistic=True).values():
         assert row.interval is None
         assert all(at.interval is None for at in row.recall_at)
+
+
+def test_cross_validation_widens_the_intervals():
+    plain, wide = compared(out_of_fold()), compared(out_of_fold(), inflation=4.0)
+    for key, row in wide.items():
+        assert row.interval.method == f"{plain[key].interval.method}{WIDENED}"
+        assert row.interval.low < plain[key].interval.low < plain[key].interval.high < row.interval.high
+        for at, before in zip(row.recall_at, plain[key].recall_at, strict=True):
+            assert at.interval.method == f"{before.interval.method}{WIDENED}"
+            assert at.recall == before.recall
+            twice = 2 * (before.recall - before.interval.low)
+            assert at.recall - at.interval.low == pytest.approx(min(at.recall, twice))
 
 
 def test_exams_of_a_patient_widen_the_intervals():

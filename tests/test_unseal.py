@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +17,12 @@ from finished_factory import chance, commit_result, commit_split, holdout_rows, 
 from store_factory import pseudonym
 
 from lbp_ray.finished import FinishedError
+from lbp_ray.intervals import WIDENED
 from lbp_ray.metrics import all_metrics, fit_threshold
 from lbp_ray.prepare import prepare, seal
 from lbp_ray.result import METRIC_NAMES, StudyResult, Unsealed, table_hashes
 from lbp_ray.splits import HOLDOUT, LEDGER, LedgerError, read_ledger
-from lbp_ray.unseal import UnsealError, describe, main, unseal
+from lbp_ray.unseal import LOCK, UnsealError, describe, main, unseal
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +185,7 @@ def test_nothing_was_chosen_on_the_holdout_so_the_literal_study_has_intervals_th
     )
     told = unseal(config, folder)
     assert all(value.interval is not None for value in told.slice_counts[0].metrics)
+    assert not any(WIDENED in value.interval.method for value in told.slice_counts[0].metrics)
     assert "optimistic" in describe(told)
 
 
@@ -325,6 +328,19 @@ def test_openings_at_once_are_told_one_after_the_other(finished):
     assert sorted(item.opening.number for item in told) == [1, 2, 3, 4]
     assert len(read_ledger(ledger_of(config))) == 4
     assert len(list(folder.glob("unsealed-*.json"))) == 4
+
+
+def test_an_opening_waits_for_another_under_way(finished):
+    config, _, folder = finished
+    lock = ledger_of(config).parent / LOCK
+    with ThreadPoolExecutor(1) as pool, lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = pool.submit(unseal, config, folder)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=2)
+        assert read_ledger(ledger_of(config)) == []
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert waiting.result(timeout=60).opening.number == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 - ``worker``: what one Ray worker process keeps between calls; the remote call of a feature shard.
 - ``waiter``: the Tune trial that waits for the remote call of its cell, without importing torch.
+- ``tuning``: Ray Tune over the trials that are missing, gone on with where Tune itself would give up.
 - ``workers``: the workers of one network, by Ray Train, inside a trial that waits for them.
 - ``ddp``: a trial shared by several workers, Ray Train inside the Tune trial.
 - ``progress``: the console's table of trials with slices per second and remaining time, and the study's gauges.

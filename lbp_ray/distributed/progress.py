@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, get_args
 from ray import tune
 from ray.util.metrics import Gauge
 
+from lbp_ray.distributed.tuning import reason_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -31,9 +33,6 @@ QUIET_S = 60.0
 
 MAX_ROWS = 12
 """Running trials that the table names; the others are counted."""
-
-REASON_LENGTH = 200
-"""Characters of an error's last line that are shown."""
 
 
 class Tally:
@@ -280,7 +279,6 @@ class Progress(tune.Callback):
 
 
 def _reason(trial: Any) -> str:  # noqa: ANN401
-    """Return the last line of a trial's error, which Tune writes beside the driver first."""
+    """Return the gist of a trial's error, which Tune writes beside the driver first."""
     file = trial.error_file
-    lines = Path(file).read_text().strip().splitlines() if file and Path(file).is_file() else []
-    return lines[-1][:REASON_LENGTH] if lines else "no error was reported"
+    return reason_of(Path(file).read_text() if file and Path(file).is_file() else "")

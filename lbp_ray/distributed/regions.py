@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from ray import tune
 from ray.train.torch import get_device
 from tqdm import tqdm
 
+from lbp_ray.distributed.tuning import run_trials
 from lbp_ray.distributed.workers import run_workers
 from lbp_ray.segment.network import FoldPlace, FoldSpec, SegmentError, place_of
 
@@ -108,30 +108,24 @@ def train_networks(specs: list[FoldSpec], folder: Path, paths: RunPaths, compute
         return
     at_once = workers_that_fit(missing[0].recipe.threads, compute.gpus_per_worker, least=missing[0].workers)
     at_once //= missing[0].workers
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the bar is the console; Tune's own boxes stay away
-    cells = {spec.name: (spec, place_of(spec, paths)) for spec in missing}
-    total = len(missing) * missing[0].recipe.epochs
-    trial = network_trial(cells, folder, compute, paths.tune / "train")
-    results = tune.Tuner(
-        tune.with_resources(trial, WAITING),
-        param_space={"name": tune.grid_search(list(cells))},
-        tune_config=tune.TuneConfig(
-            max_concurrent_trials=at_once,
-            trial_name_creator=lambda trial: str(trial.config["name"]),
-            trial_dirname_creator=lambda trial: str(trial.config["name"]),
-        ),
-        run_config=tune.RunConfig(
-            name=time.strftime("%Y%m%d-%H%M%S"),
-            storage_path=str(paths.tune),
-            callbacks=[Progress(total=total, disable=not compute.verbose)],
-            verbose=0,
-        ),
-    ).fit()
-    unfinished = [spec.name for spec in missing if not place_of(spec, paths).final.is_dir()]
-    if results.errors or unfinished:
-        first = str(results.errors[0]).strip().splitlines()[-1] if results.errors else "no error was reported"
+    cells = {spec.name: (spec, places[spec]) for spec in missing}
+    epochs, verbose = missing[0].recipe.epochs, compute.verbose
+
+    def unfinished() -> list[str]:
+        return [name for name, (_, place) in cells.items() if not place.final.is_dir()]
+
+    errors = run_trials(
+        tune.with_resources(network_trial(cells, folder, compute, paths.tune / "train"), WAITING),
+        unfinished,
+        storage=paths.tune,
+        callbacks=lambda names: [Progress(total=len(names) * epochs, disable=not verbose)],
+        retries=compute.max_failures,
+        max_concurrent_trials=at_once,
+    )
+    if errors or unfinished():
+        first = errors[0] if errors else "no error was reported"
         msg = (
-            f"{len(unfinished)} of {len(missing)} network(s) failed after {compute.max_failures} retries; the first: "
+            f"{len(unfinished())} of {len(missing)} network(s) failed after {compute.max_failures} retries; the first: "
             f"{first}; run the same command again to train only what is missing"
         )
         raise SegmentError(msg)
