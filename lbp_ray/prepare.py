@@ -124,8 +124,10 @@ def prepare(config: StudyConfig) -> Prepared:
         Of the room at fault, as `seal` does; also absent weights, regions that may not be used, no crop at all, the
         same image under two patients in different folds.
     """
-    weights = load_backbone_weights(config.recipe.weights, seed=config.recipe.weights_seed)
     sealed = seal(config)
+    weights = load_backbone_weights(
+        config.recipe.weights, seed=config.recipe.weights_seed
+    )  # before hours of work
     statements = sealed.statements
     regions: Regions | None = None
     if config.roi.source == "model":

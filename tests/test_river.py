@@ -12,9 +12,12 @@ import pytest
 from river import ROOT, expect, prepare_cohort, result_folder, run, study_arguments, tables
 
 from lbp_ray import tune
+from lbp_ray.aggregate import compare_slice_counts
 from lbp_ray.intervals import WIDENED
+from lbp_ray.out_of_fold import seed_means
 from lbp_ray.predict import PredictError, Predictor, predict_exam
 from lbp_ray.result import METRIC_NAMES, StudyResult
+from lbp_ray.study import EvaluationConfig
 from preprocess.exam import convert_exam
 
 pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("river")]
@@ -74,11 +77,20 @@ def test_result_holds_what_the_report_needs(root, output):
 
 def test_every_out_of_fold_interval_is_widened_for_cross_validation(root, output):
     result = StudyResult.load(result_folder(root) / "result.json")
-    intervals = [metric.interval for part in result.slice_counts for metric in part.metrics]
+    intervals = [
+        metric.interval
+        for part in result.slice_counts
+        for metric in (*part.metrics, *part.other_level, part.accuracy, part.separation)
+    ]
     intervals += [row.interval for row in result.rules]
     intervals += [at.interval for row in result.rules for at in row.recall_at]
     assert intervals
     assert all(interval.method.endswith(WIDENED) for interval in intervals)
+    table = pd.read_parquet(result_folder(root) / "out_of_fold.parquet")
+    (split,) = (root / "runs" / "small" / "splits").glob("*/split.parquet")
+    patient_of = pd.read_parquet(split).set_index("study_id")["patient_id"].to_dict()
+    means = {count: seed_means(rows, EvaluationConfig()) for count, rows in table.groupby("num_slices")}
+    assert result.comparisons == compare_slice_counts(means, patient_of, 0.95, inflation=3.0)  # two folds
 
 
 def test_no_file_of_the_run_holds_a_holdout_label(root, output):
