@@ -125,9 +125,7 @@ def prepare(config: StudyConfig) -> Prepared:
         same image under two patients in different folds.
     """
     sealed = seal(config)
-    weights = load_backbone_weights(
-        config.recipe.weights, seed=config.recipe.weights_seed
-    )  # before hours of work
+    weights = load_backbone_weights(config.recipe.weights, seed=config.recipe.weights_seed)  # before hours of work
     statements = sealed.statements
     regions: Regions | None = None
     if config.roi.source == "model":

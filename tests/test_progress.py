@@ -13,7 +13,7 @@ from study_factory import make_data, make_spec, random_backbone, with_features
 from lbp_ray.cell import TrialPlace
 from lbp_ray.distributed import progress, worker
 from lbp_ray.distributed.progress import Console, Progress, Tally, status, table
-from lbp_ray.distributed.tuning import reason_of
+from lbp_ray.distributed.tuning import reason_of, run_trials
 from lbp_ray.resident import Resident
 
 EPOCHS = {"frozen": 10, "unfrozen": 2}
@@ -202,6 +202,11 @@ def test_failures_are_named_with_their_last_line(exported, tmp_path):
 def test_reason_of_an_error_is_one_short_line(error, reason):
     assert reason_of(error).partition(" (docs/")[0] == reason
     assert "\n" not in reason_of(error)
+
+
+def test_nothing_missing_starts_nothing(tmp_path):
+    assert run_trials(None, list, storage=tmp_path, callbacks=list, retries=0) == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_gauges_say_what_the_console_says_also_when_it_is_silent(exported):
