@@ -9,9 +9,7 @@ K slice offsets, H rows, W columns, M slices of one slice count.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -21,21 +19,20 @@ from tqdm import tqdm
 
 from lbp_ray.cohort import label_exams
 from lbp_ray.cohort.questionnaire import LABELS
-from lbp_ray.config import load_config
 from lbp_ray.ensemble import ensemble_threshold, model_means
-from lbp_ray.finished import EXCLUDED_FILE, Finished, render_result
+from lbp_ray.finished import EXCLUDED_FILE, Finished, run_on_result
 from lbp_ray.intervals import resampled_interval, wilson_interval
 from lbp_ray.out_of_fold import seed_means, with_study_scores
 from lbp_ray.predict import Predictor, slice_probabilities
 from lbp_ray.prepare import read_questionnaire
 from lbp_ray.result import ExcludedByCount, ExcludedScores, GroupScores, Interval
 from lbp_ray.roi.crops import Crops
-from lbp_ray.study import StudyConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
-    from lbp_ray.study import EvaluationConfig
+    from lbp_ray.study import EvaluationConfig, StudyConfig
 
 IN_SPLIT = "patient_in_split"
 """Reason of an exam whose patient was trained on or sealed with another exam."""
@@ -252,22 +249,13 @@ def _group_line(group: GroupScores) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, score the excluded subjects, render the report again and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lbp_ray.excluded", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of the study, e.g. configs/oulu.yaml")
-    parser.add_argument("--result", type=Path, required=True, help="folder of the finished result")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="replace single values: paths, name and compute"
+    return run_on_result(
+        lambda config, folder: describe(score_excluded(config, folder)),
+        arguments,
+        prog="python -m lbp_ray.excluded",
+        description=__doc__,
+        replaceable="paths, name and compute",
     )
-    parsed = parser.parse_args(arguments)
-    try:
-        config = load_config(StudyConfig, parsed.config, parsed.overrides)
-        sys.stdout.write(describe(score_excluded(config, parsed.result)) + "\n")
-        page = render_result(parsed.result, Finished.open(config, parsed.result).crops_folder)
-    except (ValueError, FileNotFoundError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"\nreport: {page}\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from lbp_ray.config import load_config
 from lbp_ray.report import write_report
 from lbp_ray.result import ExcludedScores, StudyResult, Unsealed, table_hashes
 from lbp_ray.runs import RunPaths
@@ -15,7 +19,7 @@ from lbp_ray.splits import Split, find_split, holdout_commitment
 from lbp_ray.study import StudyConfig
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
 RESULT_FILE = "result.json"
 """Name of the result object inside a result folder."""
@@ -130,3 +134,42 @@ def render_result(folder: Path, crops_folder: Path | None) -> Path:
         unsealed=[Unsealed.load(path) for path in sorted(folder.glob("unsealed-*.json"))],
         excluded=ExcludedScores.load(excluded) if excluded.is_file() else None,
     )
+
+
+def run_on_result(
+    work: Callable[[StudyConfig, Path], str],
+    arguments: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str | None,
+    replaceable: str,
+) -> int:
+    """Run a command on a finished result, render its report again and return the exit status.
+
+    Parameters
+    ----------
+    work
+        Does the work on configuration and result folder, and returns what is printed of it.
+    arguments
+        Of the command line; None takes those of the process.
+    prog, description
+        Name and purpose, for its help.
+    replaceable
+        What single values of the configuration may be replaced.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file of the study, e.g. configs/oulu.yaml")
+    parser.add_argument("--result", type=Path, required=True, help="folder of the finished result")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help=f"replace single values: {replaceable}"
+    )
+    parsed = parser.parse_args(arguments)
+    try:
+        config = load_config(StudyConfig, parsed.config, parsed.overrides)
+        sys.stdout.write(f"{work(config, parsed.result)}\n")
+        page = render_result(parsed.result, Finished.open(config, parsed.result).crops_folder)
+    except (ValueError, FileNotFoundError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"\nreport: {page}\n")
+    return 0

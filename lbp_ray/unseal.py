@@ -8,34 +8,31 @@ second opening is recorded, and told, as the second, also where another split se
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import getpass
 import sys
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from lbp_ray.cohort import label_exams
-from lbp_ray.config import load_config
 from lbp_ray.ensemble import MODEL, ensemble_threshold, model_means, model_thresholds
-from lbp_ray.finished import Finished, render_result
+from lbp_ray.finished import Finished, run_on_result
 from lbp_ray.out_of_fold import with_study_scores
 from lbp_ray.prepare import answers_hash, read_questionnaire
 from lbp_ray.result import HoldoutChoice, HoldoutResult, MetricSummary, Unsealed
 from lbp_ray.splits import HOLDOUT, Opening, last_hash, opening_number, read_ledger
-from lbp_ray.study import StudyConfig
 from lbp_ray.summaries import THRESHOLD_OF, judge, summarise, the_eight
 from preprocess.commit import canonical_json, write_atomic
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
-    from lbp_ray.study import EvaluationConfig
+    from lbp_ray.study import EvaluationConfig, StudyConfig
 
 
 LOCK = ".holdout_ledger.lock"
@@ -307,22 +304,13 @@ def _metric_line(value: MetricSummary) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line, open the hold-out, render the report again and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lbp_ray.unseal", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of the study, e.g. configs/oulu.yaml")
-    parser.add_argument("--result", type=Path, required=True, help="folder of the finished result")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="replace single values: paths and name"
+    return run_on_result(
+        lambda config, folder: describe(unseal(config, folder)),
+        arguments,
+        prog="python -m lbp_ray.unseal",
+        description=__doc__,
+        replaceable="paths and name",
     )
-    parsed = parser.parse_args(arguments)
-    try:
-        config = load_config(StudyConfig, parsed.config, parsed.overrides)
-        sys.stdout.write(describe(unseal(config, parsed.result)) + "\n")
-        page = render_result(parsed.result, Finished.open(config, parsed.result).crops_folder)
-    except (ValueError, FileNotFoundError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    sys.stdout.write(f"\nreport: {page}\n")
-    return 0
 
 
 if __name__ == "__main__":
