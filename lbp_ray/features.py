@@ -20,6 +20,7 @@ import torchvision
 
 from lbp_ray.nets.resnet import NUM_FEATURES, standardise
 from lbp_ray.streaming import MappedFeatures, StreamedFeatures
+from lbp_ray.study import NUMERICS_VERSION
 from preprocess.commit import commit_point, committed_directory, content_id, write_atomic
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def features_id(
             "dtype": "float32",
             "layout": "channels_last",
             "standardise": "per image",
+            "numerics": NUMERICS_VERSION,
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
         }

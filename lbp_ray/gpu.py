@@ -130,7 +130,9 @@ class RecordedStep:
         self._capturable(True)
         try:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # On the batch's GPU: without a stream it would be recorded on that of the process's first graph.
+            stream = torch.cuda.Stream(batch.study_M.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.graph(graph, stream=stream):
                 self._loss = self._step(self._batch)
             self._graph = graph
         except RuntimeError as error:

@@ -61,7 +61,9 @@ class Resident:
         return self._features[1]
 
     def reset(self) -> nn.Module:
-        """Undo whatever an earlier trial did: weights, running statistics, gradients, modes."""
+        """Undo whatever an earlier trial did: weights, running statistics, gradients, modes, the current GPU."""
+        if self.on_gpu and torch.device(self.device).index is not None:
+            torch.cuda.set_device(self.device)
         self.backbone.load_state_dict(self._base)
         self.backbone.requires_grad_(False)
         self.backbone.zero_grad(set_to_none=True)

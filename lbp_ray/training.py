@@ -171,7 +171,7 @@ class Training:
         self.head: nn.Module = build(seed=spec.cell.seed).to(self.device)
         self.optimiser = adam(list(self.head.parameters()), self.recipe)
         self.rank, self.world = rank_and_world()
-        self._crops, self._features = resident.crops(data), resident.features(data)
+        self._features = resident.features(data)
         self._averaging: nn.Module | None = None
         """The whole network while several workers train it."""
         most = self.recipe.images_per_pass
@@ -231,8 +231,9 @@ class Training:
     def images(self, batch: Samples | SamplesOnGpu) -> Tensor:
         """Standardised images of some slices, on the device."""
         if isinstance(batch, SamplesOnGpu):
-            assert self._crops is not None
-            return self._crops.images(batch.study_M, batch.offset_M)
+            crops = self.resident.crops(self.data)
+            assert crops is not None
+            return crops.images(batch.study_M, batch.offset_M)
         pixels = torch.from_numpy(self.data.crops_NKHW[self.data.crop_row_N[batch.study_M], batch.offset_M])
         if self.resident.on_gpu:
             pixels = pixels.pin_memory()
@@ -261,7 +262,8 @@ class Training:
 
     def _where_data_are(self, samples: Samples, stage: Stage) -> Samples | SamplesOnGpu:
         """Send the samples to the GPU that holds what the stage reads."""
-        held = self._features if stage == "frozen" and self.recipe.feature_cache else self._crops
+        cached = stage == "frozen" and self.recipe.feature_cache
+        held = self._features if cached else self.resident.crops(self.data)
         if not self.resident.on_gpu or not isinstance(held, Tensor | CropsOnGpu):
             return samples
         return SamplesOnGpu(*(torch.from_numpy(part).to(self.device) for part in samples))
@@ -325,6 +327,12 @@ class Training:
 
     def epochs(self, checkpoint: Path) -> Iterator[EpochRecord]:
         """Train to the end, resuming from `checkpoint` when there is one."""
+        try:
+            yield from self._epochs(checkpoint)
+        finally:
+            self._steps.clear()  # recorded steps hold this object and much of a GPU's memory
+
+    def _epochs(self, checkpoint: Path) -> Iterator[EpochRecord]:
         self._resume(checkpoint)
         yield from list(self.history)
         last = self.recipe.frozen_epochs + self.recipe.unfrozen_epochs
@@ -380,9 +388,12 @@ class Training:
         return take_steps(step, samples, order=placed, batch_size=size)
 
     def rehearse(self, steps: int) -> None:
-        """Take some steps of the present stage and score a few slices, so that they can be measured; then discard."""
+        """Take some steps of the present stage and score a few slices, so that they can be measured; then discard.
+
+        A last smaller batch is among them: it runs beside the memory of a recorded one.
+        """
         stage: Stage = "unfrozen" if self.unfrozen else "frozen"
-        self.train = some(self.train, slice(steps * self.recipe.batch_size))
+        self.train = some(self.train, slice((steps + 1) * self.recipe.batch_size - 1))
         self._train(1, stage, self.recipe.learning_rate)
         self.logits(some(self.validation, slice(EVALUATION_BATCH)))
 

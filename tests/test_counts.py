@@ -60,8 +60,14 @@ class Unread:
         raise AssertionError("a crop was read")
 
 
-def run_cells(data, folder, cells=CELLS, **recipe):
-    resident = Resident(random_backbone())
+class AsOnGpu(Resident):
+    """A process that keeps what it would keep on a GPU, here on the CPU; steps are not recorded there."""
+
+    on_gpu = True
+
+
+def run_cells(data, folder, cells=CELLS, kind=Resident, **recipe):
+    resident = kind(random_backbone())
     for num_slices, fold_number, seed in cells:
         spec = make_spec(num_slices, fold_number, seed, frozen_epochs=EPOCHS, **recipe)
         list(run_trial(spec, data, resident, TrialPlace(folder / spec.cell.name, folder / f"{spec.cell.name}.pt")))
@@ -77,6 +83,12 @@ def test_frozen_study_passes_every_slice_once_and_reads_no_crop_again(images, tm
     run_cells(unread(make_data(FOLDS), fold(random_backbone())), tmp_path, unfrozen_epochs=0)
     assert len(list(tmp_path.glob("*/out_of_fold.parquet"))) == len(CELLS)
     assert sum(images) == len(FOLDS) * 3
+
+
+def test_frozen_study_sends_no_crop_to_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # as it was, afterwards
+    run_cells(unread(make_data(FOLDS), random_backbone()), tmp_path, CELLS[:2], AsOnGpu, unfrozen_epochs=0)
+    assert len(list(tmp_path.glob("*/out_of_fold.parquet"))) == 2
 
 
 def test_without_the_cache_every_epoch_of_every_trial_passes_its_slices(images, tmp_path):
@@ -106,7 +118,7 @@ def study(tmp_path):
         split={"folds": 3},
         recipe=recipe,
         slice_counts=[1, 3],
-        seeds=[0, 1, 2],
+        seeds=list(range(25)),
         compute={"keep_models": "none", "verbose": False},
     )
     data = make_data(FOLDS)
@@ -138,18 +150,20 @@ def test_processes_are_as_many_as_slots_not_as_trials_and_none_reads_an_image(st
     config, prepared = study
     shared = tune._shared(config, prepared)
     specs = tune.plan_trials(config, crops_hash="c" * 64, split_hash="s" * 64, weights_hash=prepared.weights_hash)
+    cells = {spec.cell.name: (spec, tune.place_of(spec, prepared.paths, config)) for spec in specs}
+    trackers = tune.Trackers((), study="counts", root=prepared.paths.folder, cells=cells)
     for name, value in {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}.items():
         monkeypatch.setenv(name, value)
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)  # Ray's logs: one file for every process that it started
         with connect(SLOTS):
-            tune._run_missing(config, prepared, shared, [], callbacks=[])
+            tune._run_missing(config, prepared, shared, {}, trackers)
             np.save(shared.crops / "crops.npy", np.zeros_like(prepared.crops.pixels_NKHW))  # which nobody can use
-            tune._run_missing(config, prepared, shared, specs, callbacks=[])
+            tune._run_missing(config, prepared, shared, cells, trackers)
         logs = Path(folder).glob("ray/session_2*/logs/worker-*.out")
         started = {int(path.stem.rsplit("-", 1)[1]) for path in logs}
     reports = prepared.paths.tune.rglob("result.json")
     waiting = [json.loads(path.read_text().splitlines()[-1])["pid"] for path in reports]
-    assert len(waiting) == len(specs) == 18
+    assert len(waiting) == len(specs) == 150
     assert len(set(waiting)) <= SLOTS + 1
     assert len(started) <= 3 * SLOTS + 2  # those that wait, those that train, and those that Ray holds ready

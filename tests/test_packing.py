@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +174,49 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(caplog):
     assert [record.message.partition(" as a CUDA")[0] for record in caplog.records] == [
         "the training step could not be recorded"
     ]
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["to the end", "left"])
+def test_recorded_steps_go_with_their_trial(tmp_path, ended):
+    """They hold a GPU's memory and, by what they call, the trial: nothing may be left to a later collection."""
+    data = with_features(make_data([0, 0, *[1] * 4]), random_backbone())
+    training = Training(make_spec(frozen_epochs=2, unfrozen_epochs=0), data, Resident(random_backbone()))
+    step = training_step(training.frozen_logits, training.optimiser, training.targets_N1)
+    training._steps["frozen", 1e-3] = RecordedStep(step, training.optimiser, batch_size=2)
+    alive = weakref.ref(training)
+    gc.collect()
+    gc.disable()
+    try:
+        epochs = training.epochs(tmp_path / "none.pt")
+        for _ in epochs if ended else zip(range(1), epochs, strict=False):
+            pass
+        del training, step, epochs, _
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+def test_second_gpu_of_a_process_trains_as_the_first(tmp_path):
+    """Trials of one process on one GPU after the other; the graph of each is recorded where its data are."""
+    data = with_features(make_data([0, 0, *[1] * 40]), random_backbone())
+    curves = []
+    for number in (0, 1, 0):
+        training = Training(make_spec(frozen_epochs=3), data, Resident(random_backbone(), device=f"cuda:{number}"))
+        curves.append([record.train_loss for record in training.epochs(tmp_path / f"{len(curves)}.pt")])
+    np.testing.assert_allclose(curves[1:], [curves[0]] * 2, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_trial_leaves_no_memory_on_a_gpu(tmp_path):
+    data = with_features(make_data([0, 0, *[1] * 40]), random_backbone())
+    resident, left = Resident(random_backbone(), device="cuda"), []
+    for trial in range(3):
+        list(Training(make_spec(frozen_epochs=2), data, resident).epochs(tmp_path / f"{trial}.pt"))
+        left.append(torch.cuda.memory_allocated())
+    assert left[2] == left[0]
 
 
 @pytest.mark.gpu
