@@ -150,6 +150,8 @@ def _with_network(trainers: dict[str, Any], size: Size) -> Iterator[dict[str, ob
             True,
         )
 
+    backbones = {name: build_backbone(state) for name in variants}
+
     def project() -> None:
         features = torch.from_numpy(extract(backbone, pixels))[:, 0]
         head = train_head(TensorDataset(features, targets), size.epochs)
@@ -158,7 +160,8 @@ def _with_network(trainers: dict[str, Any], size: Size) -> Iterator[dict[str, ob
 
     def peer(name: str) -> None:
         train, refuses = variants[name]
-        frozen = build_backbone(state)
+        frozen = backbones[name]
+        frozen.load_state_dict(state)
         network = nn.Sequential(StaysInEval(frozen) if refuses else frozen, build_head(seed=0)).eval()
         train(network, data, size.epochs)
         drift[name] = _drift(frozen, state)

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.arithmetic import CROP, Costs, count_lines, oulu_sizes
 from benchmarks.synthetic import make_specs, make_study
-from benchmarks.timing import ROUNDS, gemm, interleave, spread
+from benchmarks.timing import ROUNDS, fastest_type, gemm, interleave, spread
 from lbp_ray.features import batch_size
-from lbp_ray.native import images_per_pass, keep_freed_memory, native_dtype
+from lbp_ray.native import images_per_pass, keep_freed_memory
 from lbp_ray.nets.folding import carry_norms, computed_once, fold
 from lbp_ray.nets.resnet import NUM_FEATURES, build_backbone
 from lbp_ray.nets.weights import load_backbone_weights
@@ -60,6 +60,15 @@ COMPARED = (
 )
 """The loop, the project's way, and the least ratio that is asked for."""
 
+NO_BFLOAT16 = "this CPU has neither AVX512-BF16 nor AMX"
+
+HAS_BFLOAT16 = fastest_type() == torch.bfloat16
+"""Whether this CPU computes bfloat16; else what is measured in it is left out."""
+
+if not HAS_BFLOAT16:
+    NETWORKS = {name: given for name, given in NETWORKS.items() if name != "bfloat16"}
+    CACHED = {name: given for name, given in CACHED.items() if name != "bfloat16"}
+
 
 def measure(*, quick: bool = False) -> Iterator[dict[str, object]]:
     """Yield costs, the study's ratios and the shares of the gemm peak."""
@@ -85,7 +94,8 @@ def measure(*, quick: bool = False) -> Iterator[dict[str, object]]:
         cases[f"cached {name} training"] = lambda parts=parts, half=half: _train(owner, *parts, half=half, run=carrying)
     cases["adam"] = _adam_step()
     cases["float32 gemm"], gemm_gflop = gemm(torch.float32)
-    cases["bfloat16 gemm"], _ = gemm(torch.bfloat16)
+    if HAS_BFLOAT16:
+        cases["bfloat16 gemm"], _ = gemm(torch.bfloat16)
     sizes = oulu_sizes(height_px=shape[0], width_px=shape[1])
     data = head_data(sizes)
     for num_slices in sizes.slice_counts:
@@ -114,7 +124,7 @@ def measure(*, quick: bool = False) -> Iterator[dict[str, object]]:
         "arithmetic": f"{extraction_gflop:.3f} GFLOP per image, gemm of {gemm_gflop:.1f} GFLOP",
         "conditions": conditions,
     }
-    if native_dtype("auto", gpu=False) == "bfloat16":
+    if HAS_BFLOAT16:
         yield {
             "figure": "unfrozen step: float32 channels_last / bfloat16 channels_last",
             **spread(seconds["float32 training"] / seconds["bfloat16 training"]),
@@ -124,7 +134,7 @@ def measure(*, quick: bool = False) -> Iterator[dict[str, object]]:
             "conditions": conditions,
         }
     else:
-        yield {"figure": "unfrozen step: float32 / bfloat16", "skipped": "this CPU has neither AVX512-BF16 nor AMX"}
+        yield {"figure": "unfrozen step: float32 / bfloat16", "skipped": NO_BFLOAT16}
 
 
 def _ratios(seconds: dict[str, np.ndarray], sizes: StudySizes) -> Iterator[dict[str, object]]:
@@ -145,6 +155,10 @@ def _ratios(seconds: dict[str, np.ndarray], sizes: StudySizes) -> Iterator[dict[
             "heads); bound: passes",
         }
     for before, after, goal in COMPARED:
+        if after not in CACHED:
+            name = f"whole study: network in the loop ({_words(before)}) / cached ({after})"
+            yield {"figure": name, "skipped": NO_BFLOAT16}
+            continue
         ratios = [
             first.study_s(counts, cached=False) / second.study_s(counts, cached=True)
             for first, second in zip(rounds[before], rounds[f"cached {after}"], strict=True)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 def verdict(figure: Figure) -> str:
     """Say whether a figure meets its goal: its worst round where it has rounds, else its value; '' without a goal."""
     measured = [value for name in ("ratio", "min", "max", "total_s", "tflop_s") if (value := _number(figure, name))]
-    measured += [value for name, value in figure.items() if name.endswith("_relative") and isinstance(value, float)]
     low, high = _number(figure, "at_least"), _number(figure, "at_most") or _number(figure, "limit")
     if not measured or (low is None and high is None):
         return ""

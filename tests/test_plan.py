@@ -152,6 +152,37 @@ def test_a_measured_gpu_sets_the_share_of_another():
     assert rate.middle == pytest.approx(0.25 * 312e12, rel=1e-3)
 
 
+def test_float32_on_a_gpu_is_full_float32():
+    plan = make_plan(make_sizes(dtype="float32"), gpus=1)
+    assert plan.stage("unfrozen epochs").compute_s.middle == pytest.approx(191_565 * 40.397e9 / 33.5e12, rel=0.01)
+    calibration = make_calibration(device="cuda", training_s=40.397e9 / 35e12, gemm_float32_flop_s=50e12)
+    calibration = calibration.model_copy(update={"dtype": "float32"})
+    rate = make_plan(make_sizes(dtype="float32"), calibration=calibration, gpus=2).hardware.training_s.under(40.397e9)
+    assert rate.middle == pytest.approx(0.7 * 67e12, rel=1e-3)
+
+
+def test_costs_of_a_gpu_say_nothing_of_cores():
+    with pytest.raises(PlanError, match=r"add --gpus, or set compute\.gpus_per_trial=0"):
+        make_plan(calibration=make_calibration(device="cuda"), cores=64)
+    assert make_plan(calibration=make_calibration(device="cuda")).hardware.gpus == 1
+
+
+def test_several_gpus_of_a_trial_share_its_images_and_not_its_heads():
+    one, four = (make_plan(make_sizes(gpus_per_trial=number), gpus=number) for number in (1, 4))
+    assert four.stage("heads").compute_s.middle == pytest.approx(one.stage("heads").compute_s.middle)
+    images = [plan.stage("unfrozen epochs").compute_s.middle for plan in (one, four)]
+    assert images[0] / images[1] == pytest.approx(4 * 0.9)
+
+
+def test_features_that_memory_does_not_keep_are_read_in_every_epoch():
+    sizes = make_sizes(2_400_000, blocks=True)
+    streamed, kept = (make_plan(sizes, gpus=8 * nodes, nodes=nodes) for nodes in (1, 8))
+    assert kept.stage("heads").input_s.middle == pytest.approx(98.3e9 / 1.25e9, rel=0.01)
+    steps = sum(cell.head_steps for cell in cells(sizes))
+    assert make_plan(sizes, gpus=1).stage("heads").input_s.middle == pytest.approx(steps * 32 * 8192 / 1e9)
+    assert streamed.stage("heads").input_s.middle == pytest.approx(98.3, rel=0.01)
+
+
 def test_costs_of_another_crop_size_are_scaled_and_said_so():
     plan = make_plan(make_sizes(height_px=100, width_px=50))
     assert plan.hardware.training_s.middle == pytest.approx(0.26 * 3.189 / 40.397, rel=1e-3)

@@ -62,7 +62,7 @@ def run(parsed: argparse.Namespace) -> str:
         return _check(parsed, config)
     config = for_device(config, gpu=on_gpu)
     sizes = sizes_of(config, studies=parsed.studies)
-    calibration = _calibration(parsed, sizes, config)
+    calibration = _calibration(parsed, sizes, config, _device(config))
     plan = predict(sizes, describe_hardware(wish, calibration, sizes), calibration)
     plan = plan.model_copy(update={"advice": advise(plan, calibration)})
     if parsed.json:
@@ -76,15 +76,18 @@ def _check(parsed: argparse.Namespace, config: StudyConfig) -> str:
     config = config.model_copy(update={"recipe": finished.recipe})
     box = {"height_px": finished.height_px, "width_px": finished.width_px}
     sizes = sizes_of(config, studies=max(finished.images, 2 * config.split.folds)).model_copy(update=box)
-    calibration = _calibration(parsed, sizes, config)
+    on_gpu = torch.cuda.is_available() and finished.device == torch.cuda.get_device_name()
+    calibration = _calibration(parsed, sizes, config, "cuda" if on_gpu else "cpu")
     return render_check(compare(finished, sizes, describe_hardware(Wish(), calibration, sizes)))
 
 
-def _calibration(parsed: argparse.Namespace, sizes: StudySizes, config: StudyConfig) -> Calibration:
+def _calibration(
+    parsed: argparse.Namespace, sizes: StudySizes, config: StudyConfig, device: Literal["cpu", "cuda"]
+) -> Calibration:
     if parsed.calibration:
         return Calibration.load(parsed.calibration)
     storage = config.paths.runs if parsed.config else Path(tempfile.gettempdir())
-    calibration = calibrate(sizes, storage=storage, device=_device(config))
+    calibration = calibrate(sizes, storage=storage, device=device)
     if parsed.save_calibration:
         calibration.save(parsed.save_calibration)
     return calibration

@@ -50,6 +50,8 @@ class Finished(FrozenModel):
     seconds: dict[str, float]
     """By key of ``trial.json``, summed."""
     recipe: Recipe
+    device: str
+    """Model of the device that the trials ran on, as they recorded it."""
     height_px: int
     width_px: int
     extraction_s: float | None
@@ -93,6 +95,7 @@ def read_finished(study: Path) -> Finished:
         cells=_cells(timed, recipe),
         seconds=seconds,
         recipe=recipe,
+        device=next(iter(timed.values())).get("environment", {}).get("device", ""),
         height_px=shape[2],
         width_px=shape[3],
         extraction_s=_extraction_seconds(study.parent, shape[0] * shape[1]),

@@ -18,27 +18,26 @@ class Gpu(NamedTuple):
     """Published peaks of a GPU, dense, in TFLOP/s, and its memory in GB."""
 
     bfloat16: float
-    tf32: float
     float32: float
     memory_gb: float
 
 
 GPUS = {
-    "h200": Gpu(989, 494, 67, 141),
-    "h100": Gpu(989, 494, 67, 80),
-    "a100": Gpu(312, 156, 19.5, 80),
+    "h200": Gpu(989, 67, 141),
+    "h100": Gpu(989, 67, 80),
+    "a100": Gpu(312, 19.5, 80),
 }
-"""Data sheets of the SXM modules, without sparsity. Float32 training convolves in TF32, extraction in full float32."""
+"""Data sheets of the SXM modules, without sparsity. Float32 is full float32 here, never TF32."""
 
 TRAINING_SHARE = Span(low=0.06, middle=0.10, high=0.17)
-"""Share of the peak that training ResNet50 reaches, batch 32, no compilation: 60, 100 and 170 TFLOP/s of an H100.
-Assumed; NVIDIA's published A100 figures (large batches, DALI) are 0.19 in mixed precision."""
+"""Share of the bfloat16 peak that training ResNet50 reaches, batch 32, not compiled: 60, 100 and 170 TFLOP/s of an
+H100. Assumed; NVIDIA's published A100 figures (large batches, DALI) are 0.19 in mixed precision."""
 
 INFERENCE_SHARE = Span(low=0.12, middle=0.15, high=0.30)
 """The same for scoring. Assumed."""
 
 FLOAT32_SHARE = Span(low=0.3, middle=0.5, high=0.7)
-"""The same for extraction, without tensor cores. Assumed."""
+"""Share of the float32 peak, without tensor cores, of extraction and of float32 epochs. Assumed."""
 
 GPUS_PER_NODE, CORES_PER_GPU, MEMORY_PER_GPU = 8, 16, 128 * 10**9
 """Of a given machine with GPUs. Assumed."""
@@ -106,12 +105,15 @@ def describe_hardware(wish: Wish, calibration: Calibration, sizes: StudySizes) -
     Raises
     ------
     PlanError
-        If a number is below 1, or a GPU is named without a number.
+        If a number is below 1, a GPU is named without a number, or cores are asked for of what a GPU was measured.
     """
     wrong = {name: value for name, value in wish._asdict().items() if isinstance(value, int) and value < 1}
     if wrong or (wish.gpu and not wish.gpus):
         found = ", ".join(f"--{name} {value}" for name, value in wrong.items()) or f"--gpu {wish.gpu} without --gpus"
         msg = f"hardware is counted from 1, found {found}; leave an option out to plan for this machine"
+        raise PlanError(msg)
+    if calibration.machine.device == "cuda" and not wish.is_empty and not wish.gpus:
+        msg = "images were measured on a GPU, which says nothing of cores: add --gpus, or set compute.gpus_per_trial=0"
         raise PlanError(msg)
     here = _calibrated(calibration, sizes)
     if wish.is_empty:
@@ -154,6 +156,8 @@ def _calibrated(calibration: Calibration, sizes: StudySizes) -> Hardware:
             f"a pass of {sizes.images_per_pass} images was measured on {calibration.probe_images} and scaled: large "
             "batches on CPUs take up to a fifth more per image"
         )
+    if machine.device == "cuda":
+        notes.append("steps of all weights were measured as they are, where trials replay them from a CUDA graph")
     return Hardware(
         name=f"{machine.name}, {machine.cores} cores" + (f", {machine.gpus} GPU(s)" if machine.gpus else ""),
         nodes=1,
@@ -179,10 +183,11 @@ def _with_gpus(here: Hardware, wish: Wish, calibration: Calibration, sizes: Stud
     gpu, nodes = GPUS[name], wish.nodes or math.ceil(wish.gpus / GPUS_PER_NODE)
     cores = wish.cores or wish.gpus * CORES_PER_GPU
     cost = image_cost(sizes.height_px, sizes.width_px)
-    kind, peak = ("bfloat16", gpu.bfloat16) if sizes.dtype == "bfloat16" else ("TF32", gpu.tf32)
+    half = sizes.dtype == "bfloat16"
+    peak = gpu.bfloat16 if half else gpu.float32
     shares = _measured_shares(calibration) or {
-        "training": TRAINING_SHARE,
-        "evaluation": INFERENCE_SHARE,
+        "training": TRAINING_SHARE if half else FLOAT32_SHARE,
+        "evaluation": INFERENCE_SHARE if half else FLOAT32_SHARE,
         "extraction": FLOAT32_SHARE,
     }
     whose = "measured on this machine's GPU" if calibration.machine.device == "cuda" else "assumed"
@@ -206,8 +211,8 @@ def _with_gpus(here: Hardware, wish: Wish, calibration: Calibration, sizes: Stud
             "optimiser_s": Span.exactly(0.0),
             **_shared_storage(here, nodes),
             "assumptions": (
-                f"TFLOP/s per {name.upper()}: {told} (share of the published peaks {whose}: {peak:g} {kind}, "
-                f"{gpu.float32:g} float32)",
+                f"TFLOP/s per {name.upper()}: {told} (share of the published peaks {whose}: "
+                f"{f'{peak:g} bfloat16, ' if half else ''}{gpu.float32:g} float32)",
                 "a step of the last layer costs on the GPU what it costs on this machine",
                 *_core_assumptions(calibration),
                 f"{MEMORY_PER_GPU / 1e9:g} GB of memory per GPU",

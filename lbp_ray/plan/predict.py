@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lbp_ray.config import FrozenModel
 from lbp_ray.features import BATCH_SIZE, CUDA_BATCH_SIZE, CUDA_SHARD_STUDIES, SHARD_STUDIES
+from lbp_ray.nets.resnet import NUM_FEATURES
 from lbp_ray.plan.counts import Counts, cells, count
 from lbp_ray.plan.flops import PARAMETERS, image_cost
 from lbp_ray.plan.hardware import Hardware
@@ -42,7 +43,7 @@ LEVELS = 2
 """Studies and slices: what intervals are made of."""
 
 PAGE_CACHE_SHARE = 0.5
-"""Share of a node's memory that may hold crops which were read before. Assumed."""
+"""Share of a node's memory that may hold crops or features which were read before. Assumed."""
 
 SEVERAL_SHARE = 0.9
 """Speed of several GPUs or workers on one trial, as a share of as many single ones. Assumed."""
@@ -308,13 +309,17 @@ def _trial_stages(sizes: StudySizes, counts: Counts, hardware: Hardware, costs: 
     """Predict heads, unfrozen epochs and evaluation: the trials' time, shared out by what each stage takes of it."""
     slots, devices = trial_slots(sizes, hardware), _gpus_per_trial(sizes) if hardware.gpus else sizes.workers
     speed = devices * (SEVERAL_SHARE if devices > 1 else 1.0)
+    speeds = (1.0, speed, speed)  # each worker trains the whole last layer, and a part of the images
     work = list(cells(sizes))
     by_kind = {cell: cell_seconds(cell, sizes, hardware) for cell in set(work)}
     walls = []
     for bound in ("low", "middle", "high"):
-        parts = {cell: [getattr(part, bound) for part in spans] for cell, spans in by_kind.items()}
+        parts = {
+            cell: [getattr(part, bound) / times for part, times in zip(spans, speeds, strict=True)]
+            for cell, spans in by_kind.items()
+        }
         sums = [sum(parts[cell][index] for cell in work) for index in range(3)]
-        wall = makespan([sum(parts[cell]) / speed for cell in work], slots)
+        wall = makespan([sum(parts[cell]) for cell in work], slots)
         walls.append([wall * part / (sum(sums) or 1.0) for part in sums])
     heads, unfrozen, evaluation = (Span(low=a, middle=b, high=c) for a, b, c in zip(*walls, strict=True))
     start = RAY_START_S + costs.start_s + TRIAL_S * (counts.trials / min(slots, counts.trials))
@@ -334,7 +339,7 @@ def _trial_stages(sizes: StudySizes, counts: Counts, hardware: Hardware, costs: 
                 costs.worker_bytes,
                 per_node * costs.worker_bytes + features,
                 counts.table_bytes + counts.checkpoint_bytes * slots,
-                _transfer(hardware, read=counts.feature_bytes * hardware.nodes) if sizes.feature_cache else NONE,
+                _transfer(hardware, read=_read_features(sizes, counts, hardware)) if sizes.feature_cache else NONE,
                 start,
             ),
             hardware,
@@ -359,6 +364,13 @@ def _trial_stages(sizes: StudySizes, counts: Counts, hardware: Hardware, costs: 
             hardware,
         ),
     )
+
+
+def _read_features(sizes: StudySizes, counts: Counts, hardware: Hardware) -> float:
+    """Bytes that the last layers read: the table once per node, or block by block where memory does not keep it."""
+    if not sizes.blocks or counts.feature_bytes <= PAGE_CACHE_SHARE * hardware.node_bytes:
+        return counts.feature_bytes * hardware.nodes
+    return counts.head_steps * sizes.batch_size * NUM_FEATURES * 4
 
 
 def _closing_stages(sizes: StudySizes, counts: Counts, hardware: Hardware, costs: Costs) -> tuple[Stage, ...]:
