@@ -56,10 +56,14 @@ PYTHON = [
 MAKE = sorted({line for _, line in COMMANDS if line.startswith("make ")})
 
 
+READS_ARGUMENTS = {"lbp_ray.unseal": "lbp_ray.finished", "lbp_ray.excluded": "lbp_ray.finished"}
+"""Command → where its command line is read, if elsewhere."""
+
+
 def module_source(name, arguments=()):
     if name == "cluster":
         return (ROOT / Path(*CLUSTER[arguments[0]][0].split("."))).with_suffix(".py").read_text()
-    path = ROOT / Path(*name.split("."))
+    path = ROOT / Path(*READS_ARGUMENTS.get(name, name).split("."))
     return (path / "__main__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
 
 
