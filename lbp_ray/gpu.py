@@ -135,7 +135,7 @@ class RecordedStep:
             with torch.cuda.graph(graph, stream=stream):
                 self._loss = self._step(self._batch)
             self._graph = graph
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # the latter where the batch is not on a GPU
             _log.warning("the training step could not be recorded as a CUDA graph and runs as it is: %s", error)
         finally:
             self._capturable(False)

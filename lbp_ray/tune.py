@@ -238,10 +238,12 @@ def _run_missing(config: StudyConfig, prepared: Prepared, shared: Shared, cells:
         restarts=compute.max_failures if compute.workers == 1 else 0,
         **limits,
     )
-    if errors:
+    unfinished = _missing(cells)
+    if unfinished:  # also where Tune was interrupted, which it does not call an error
+        first = errors[0] if errors else "interrupted"
         msg = (
-            f"{len(errors)} of {len(names)} trial(s) failed after {compute.max_failures} retries; the first: "
-            f"{errors[0]}; run the same command again to run only what is missing"
+            f"{len(unfinished)} of {len(names)} trial(s) failed after {compute.max_failures} retries; the first: "
+            f"{first}; run the same command again to run only what is missing"
         )
         raise RunError(msg)
 

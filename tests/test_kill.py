@@ -153,6 +153,24 @@ def test_kills_at_two_random_moments(undisturbed, tmp_path, pair):
 
 
 @pytest.mark.slow
+def test_an_interrupted_study_keeps_its_checkpoints(undisturbed, tmp_path):
+    """Ctrl-C, which Tune takes for an end without errors."""
+    root, _ = undisturbed
+    runs = fresh_runs(root, tmp_path / "runs")
+    process = start(root, "lbp_ray.tune", *STUDY, runs)
+    end = time.monotonic() + 300
+    while not (kept := list((tmp_path / "runs").rglob("in_progress/*.pt"))) and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 2, output[-2000:]
+    assert "run the same command again to run only what is missing" in output
+    committed = committed_trials(tmp_path / "runs")
+    assert all(path.exists() or any(name.startswith(path.stem) for name in committed) for path in kept)
+    finish_and_compare(root, tmp_path / "runs", runs)
+
+
+@pytest.mark.slow
 def test_a_lost_node_ends_the_driver_with_what_to_do(undisturbed, tmp_path):
     """Ray's agents take the whole node with them; Tune alone would wait for ever."""
     root, _ = undisturbed

@@ -7,6 +7,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from ray import tune
 from ray.exceptions import OutOfMemoryError
 from study_factory import make_data, make_spec, random_backbone, with_features
 
@@ -188,13 +189,21 @@ def test_failures_are_named_with_their_last_line(exported, tmp_path):
     assert failed.startswith("k1-a failed for good: TrialError: the loss is not finite | 0 done, 1 failed")
 
 
+def test_a_second_failure_is_named_by_its_own_error(exported, tmp_path):
+    """Tune appends it to the first one's."""
+    stream = io.StringIO()
+    first = "Failure # 1 (occurred at noon)\nray.exceptions.OutOfMemoryError: full\n"
+    (tmp_path / "error.txt").write_text(f"{first}Failure # 2 (occurred later)\nTrialError: the loss is not finite\n")
+    console = Progress(tally("k1-a"), study="small", stream=stream)
+    console.on_trial_error(0, [], trial("k1-a", error_file=str(tmp_path / "error.txt")))
+    assert "failed for good: TrialError: the loss is not finite" in stream.getvalue()
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (
-            f"{OutOfMemoryError.__name__}: full\nRefer to the documentation",
-            "its node's memory was full and Ray ended it",
-        ),
+        ("ray.exceptions.OutOfMemoryError: full\nRefer to docs", "its node's memory was full and Ray ended it"),
+        ("torch.OutOfMemoryError: CUDA out of memory", "torch.OutOfMemoryError: CUDA out of memory"),
         ("Traceback\nValueError: " + 300 * "x", f"ValueError: {188 * 'x'}"),
         ("\n", "no error was reported"),
     ],
@@ -202,6 +211,54 @@ def test_failures_are_named_with_their_last_line(exported, tmp_path):
 def test_reason_of_an_error_is_one_short_line(error, reason):
     assert reason_of(error).partition(" (docs/")[0] == reason
     assert "\n" not in reason_of(error)
+
+
+class Ends:
+    """Instead of Ray Tune: every run commits some of the trials that it is given, then ends as it is told to."""
+
+    def __init__(self, monkeypatch, *ends):
+        self.left, self.ends, self.given = ["a", "b", "c"], list(ends), []
+        monkeypatch.setattr(tune, "Tuner", lambda *_, param_space, **__: self.begin(param_space["name"]["grid_search"]))
+
+    def begin(self, names):
+        self.given.append(names)
+        return self
+
+    def fit(self):
+        committed, cause = self.ends.pop(0)
+        self.left = self.left[committed:]
+        if cause is not None:
+            raise RuntimeError("Caught unexpected exception") from cause
+        return SimpleNamespace(errors=[ValueError("the loss is not finite")] if self.left else [])
+
+    def run(self, tmp_path, retries):
+        return run_trials(None, lambda: self.left, storage=tmp_path, callbacks=lambda _: [], retries=retries)
+
+
+LOST = OutOfMemoryError("full")
+
+
+@pytest.mark.parametrize(
+    ("ends", "given", "reasons"),
+    [
+        ([(0, LOST), (3, None)], ["abc", "abc"], []),
+        ([(1, LOST), (2, None)], ["abc", "bc"], []),
+        ([(3, LOST)], ["abc"], []),
+        ([(0, LOST), (1, LOST), (0, LOST), (0, LOST)], ["abc", "abc", "bc", "bc"], ["its node's memory was full"]),
+        ([(1, None)], ["abc"], ["the loss is not finite"]),
+    ],
+    ids=["all again", "what is missing", "nothing is missing", "twice in a row and a trial between", "a trial's error"],
+)
+def test_what_is_missing_begins_again_where_tune_gave_up(monkeypatch, tmp_path, capsys, ends, given, reasons):
+    ended = Ends(monkeypatch, *ends)
+    assert [reason.partition(" and Ray")[0] for reason in ended.run(tmp_path, retries=1)] == reasons
+    assert ["".join(names) for names in ended.given] == given
+    assert capsys.readouterr().out.count("begins again") == len(given) - 1
+
+
+def test_another_error_of_tune_is_no_lost_process(monkeypatch, tmp_path):
+    with pytest.raises(RuntimeError, match="unexpected"):
+        Ends(monkeypatch, (0, ValueError("a bug"))).run(tmp_path, retries=1)
 
 
 def test_nothing_missing_starts_nothing(tmp_path):

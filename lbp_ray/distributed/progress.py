@@ -281,4 +281,5 @@ class Progress(tune.Callback):
 def _reason(trial: Any) -> str:  # noqa: ANN401
     """Return the gist of a trial's error, which Tune writes beside the driver first."""
     file = trial.error_file
-    return reason_of(Path(file).read_text() if file and Path(file).is_file() else "")
+    text = Path(file).read_text() if file and Path(file).is_file() else ""
+    return reason_of(text.rpartition("Failure # ")[2])  # of the last of several

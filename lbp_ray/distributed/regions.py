@@ -122,8 +122,8 @@ def train_networks(specs: list[FoldSpec], folder: Path, paths: RunPaths, compute
         retries=compute.max_failures,
         max_concurrent_trials=at_once,
     )
-    if errors or unfinished():
-        first = errors[0] if errors else "no error was reported"
+    if unfinished():
+        first = errors[0] if errors else "interrupted"
         msg = (
             f"{len(unfinished())} of {len(missing)} network(s) failed after {compute.max_failures} retries; the first: "
             f"{first}; run the same command again to train only what is missing"

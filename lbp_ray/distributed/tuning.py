@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from ray import tune
 from ray.exceptions import OutOfMemoryError, RayError
@@ -19,9 +20,13 @@ REASON_LENGTH = 200
 """Characters of an error's last line that are shown."""
 
 
+MEMORY = f"{OutOfMemoryError.__module__}.{OutOfMemoryError.__qualname__}"
+"""How a text names the error of a node's memory; PyTorch has one of a GPU's."""
+
+
 def reason_of(error: str) -> str:
     """Return the gist of an error's text: its last line, or a sentence where Ray's own goes on for a page."""
-    if OutOfMemoryError.__name__ in error:
+    if MEMORY in error:
         return "its node's memory was full and Ray ended it (docs/howto-when-it-fails.md, Memory)"
     lines = error.strip().splitlines()
     return lines[-1][:REASON_LENGTH] if lines else "no error was reported"
@@ -50,9 +55,9 @@ def run_trials(
     callbacks
         Makes those of a list of names.
     retries
-        How often what is missing is begun again after Tune ended. It ends, and with it every trial, where Ray killed a
-        process that only waits for a trial, because its node's memory was full: it takes actor and task errors as a
-        trial's, and no others.
+        How often in a row, no trial committed meanwhile, what is missing is begun again after Tune ended. It ends, and
+        with it every trial, where Ray lost a process that only waits for a trial, as where its node's memory was full:
+        it takes actor and task errors as a trial's, and no others.
     restarts
         How often Tune starts a failed trial again.
     **limits
@@ -64,10 +69,8 @@ def run_trials(
         Why trials failed for good, one reason each.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # callbacks are the console; Tune's own boxes stay away
-    for left in range(retries, -1, -1):
-        names = missing()
-        if not names:
-            break
+    left, names = retries, missing()
+    while names:
         tuner = tune.Tuner(
             trial,
             param_space={"name": tune.grid_search(names)},
@@ -77,7 +80,8 @@ def run_trials(
                 trial_dirname_creator=lambda trial: str(trial.config["name"]),
             ),
             run_config=tune.RunConfig(
-                name=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{left}",  # tasks of an array start together
+                # Tasks of an array start together, and a study may begin again within a second.
+                name=f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid4().hex[:8]}",
                 storage_path=str(storage),
                 failure_config=tune.FailureConfig(max_failures=restarts),
                 callbacks=callbacks(names),
@@ -87,11 +91,14 @@ def run_trials(
         try:
             return [reason_of(str(error)) for error in tuner.fit().errors]
         except RuntimeError as error:
-            if not isinstance(error.__cause__, RayError):
+            lost = error.__cause__
+            if not isinstance(lost, RayError):
                 raise
-            lost = type(error.__cause__).__name__
-            if not left:
-                return [reason_of(f"{lost}: {error.__cause__}")]
-            told = f"Ray ended a process that waits for a trial ({lost})"
-            sys.stdout.write(f"{told}; what is missing begins again, from its checkpoints\n")
+            before, names = names, missing()
+            left = retries if len(names) < len(before) else left - 1
+            if left < 0:
+                return [reason_of(f"{type(lost).__module__}.{type(lost).__qualname__}: {lost}")]
+            if names:
+                told = f"Ray lost a process that waits for a trial ({type(lost).__name__})"
+                sys.stdout.write(f"{told}; what is missing begins again, from its checkpoints\n")
     return []

@@ -20,10 +20,11 @@ from lbp_ray.plan.advice import advise
 from lbp_ray.plan.calibrate import calibrate
 from lbp_ray.plan.calibration import Calibration
 from lbp_ray.plan.check import compare, read_finished
-from lbp_ray.plan.hardware import GPUS, Wish, describe_hardware
+from lbp_ray.plan.hardware import GPUS, Wish, describe_hardware, require_gpus
 from lbp_ray.plan.predict import predict
 from lbp_ray.plan.render import render_check, render_plan
 from lbp_ray.plan.sizes import StudySizes, oulu_config, sizes_of
+from lbp_ray.plan.spans import PlanError
 from lbp_ray.study import StudyConfig
 from preprocess.commit import write_atomic
 
@@ -60,6 +61,8 @@ def run(parsed: argparse.Namespace) -> str:
     on_gpu = bool(parsed.gpus) or _device(config) == "cuda"
     if parsed.check:
         return _check(parsed, config)
+    if not parsed.calibration:
+        require_gpus(wish, _device(config))
     config = for_device(config, gpu=on_gpu)
     sizes = sizes_of(config, studies=parsed.studies)
     calibration = _calibration(parsed, sizes, config, _device(config))
@@ -76,8 +79,11 @@ def _check(parsed: argparse.Namespace, config: StudyConfig) -> str:
     config = config.model_copy(update={"recipe": finished.recipe})
     box = {"height_px": finished.height_px, "width_px": finished.width_px}
     sizes = sizes_of(config, studies=max(finished.images, 2 * config.split.folds)).model_copy(update=box)
-    on_gpu = torch.cuda.is_available() and finished.device == torch.cuda.get_device_name()
-    calibration = _calibration(parsed, sizes, config, "cuda" if on_gpu else "cpu")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if not parsed.calibration and finished.device not in ("", gpu, torch.backends.cpu.get_cpu_capability()):
+        msg = f"{parsed.check} ran on {finished.device}, which is not here: give the --calibration of such a machine"
+        raise PlanError(msg)
+    calibration = _calibration(parsed, sizes, config, "cuda" if finished.device == gpu else "cpu")
     return render_check(compare(finished, sizes, describe_hardware(Wish(), calibration, sizes)))
 
 

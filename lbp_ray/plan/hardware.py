@@ -112,9 +112,7 @@ def describe_hardware(wish: Wish, calibration: Calibration, sizes: StudySizes) -
         found = ", ".join(f"--{name} {value}" for name, value in wrong.items()) or f"--gpu {wish.gpu} without --gpus"
         msg = f"hardware is counted from 1, found {found}; leave an option out to plan for this machine"
         raise PlanError(msg)
-    if calibration.machine.device == "cuda" and not wish.is_empty and not wish.gpus:
-        msg = "images were measured on a GPU, which says nothing of cores: add --gpus, or set compute.gpus_per_trial=0"
-        raise PlanError(msg)
+    require_gpus(wish, calibration.machine.device)
     here = _calibrated(calibration, sizes)
     if wish.is_empty:
         return here
@@ -133,6 +131,19 @@ def describe_hardware(wish: Wish, calibration: Calibration, sizes: StudySizes) -
             "assumptions": (*_core_assumptions(calibration), f"{MEMORY_PER_CORE / 1e9:g} GB of memory per core"),
         }
     )
+
+
+def require_gpus(wish: Wish, device: str) -> None:
+    """Refuse to plan cores by what a GPU costs.
+
+    Raises
+    ------
+    PlanError
+        If cores or nodes are asked for, but no GPUs, where images are measured on one.
+    """
+    if device == "cuda" and not wish.is_empty and not wish.gpus:
+        msg = "images are measured on a GPU, which says nothing of cores: add --gpus, or set compute.gpus_per_trial=0"
+        raise PlanError(msg)
 
 
 def _calibrated(calibration: Calibration, sizes: StudySizes) -> Hardware:

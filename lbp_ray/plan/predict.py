@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from lbp_ray.config import FrozenModel
 from lbp_ray.features import BATCH_SIZE, CUDA_BATCH_SIZE, CUDA_SHARD_STUDIES, SHARD_STUDIES
-from lbp_ray.nets.resnet import NUM_FEATURES
 from lbp_ray.plan.counts import Counts, cells, count
 from lbp_ray.plan.flops import PARAMETERS, image_cost
 from lbp_ray.plan.hardware import Hardware
@@ -309,7 +308,7 @@ def _trial_stages(sizes: StudySizes, counts: Counts, hardware: Hardware, costs: 
     """Predict heads, unfrozen epochs and evaluation: the trials' time, shared out by what each stage takes of it."""
     slots, devices = trial_slots(sizes, hardware), _gpus_per_trial(sizes) if hardware.gpus else sizes.workers
     speed = devices * (SEVERAL_SHARE if devices > 1 else 1.0)
-    speeds = (1.0, speed, speed)  # each worker trains the whole last layer, and a part of the images
+    speeds = (min(1.0, devices), speed, speed)  # each worker trains the whole last layer, and a part of the images
     work = list(cells(sizes))
     by_kind = {cell: cell_seconds(cell, sizes, hardware) for cell in set(work)}
     walls = []
@@ -367,10 +366,14 @@ def _trial_stages(sizes: StudySizes, counts: Counts, hardware: Hardware, costs: 
 
 
 def _read_features(sizes: StudySizes, counts: Counts, hardware: Hardware) -> float:
-    """Bytes that the last layers read: the table once per node, or block by block where memory does not keep it."""
+    """Bytes that the last layers read: the table once per node; where memory does not keep it, twice in every epoch.
+
+    Blocks are read whole, whatever a trial wants of them: once to train, once to score its fold.
+    """
     if not sizes.blocks or counts.feature_bytes <= PAGE_CACHE_SHARE * hardware.node_bytes:
         return counts.feature_bytes * hardware.nodes
-    return counts.head_steps * sizes.batch_size * NUM_FEATURES * 4
+    passes = 3 if sizes.inner_fraction else 2
+    return passes * counts.feature_bytes * counts.trials * sizes.frozen_epochs
 
 
 def _closing_stages(sizes: StudySizes, counts: Counts, hardware: Hardware, costs: Costs) -> tuple[Stage, ...]:
