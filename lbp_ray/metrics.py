@@ -5,7 +5,7 @@ Plain arrays in, plain numbers out. Suffixes: S studies, B bootstrap resamples.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
@@ -161,15 +161,16 @@ def _merit(
     return enough.astype(float)
 
 
-def cross_fitted_thresholds(
+def thresholds_by_fold(
     labels_S: np.ndarray,
     scores_S: np.ndarray,
     folds_S: np.ndarray,
     *,
+    source: Literal["cross_fitted", "same_fold"] = "cross_fitted",
     criterion: Criterion = "youden",
     target: float | None = None,
 ) -> dict[int, float]:
-    """Return for each fold the threshold of all *other* folds' out-of-fold scores.
+    """Return the threshold that each fold is judged by.
 
     Parameters
     ----------
@@ -177,37 +178,16 @@ def cross_fitted_thresholds(
         Labels and out-of-fold scores of one seed, or averaged over seeds.
     folds_S
         Fold that each was held out in.
+    source
+        ``cross_fitted``: from all *other* folds' scores; ``same_fold``: from its *own*, which makes its decisions
+        optimistic.
     criterion, target
         As `fit_threshold` takes them.
     """
+    fitted = {fold: (folds_S == fold) == (source == "same_fold") for fold in np.unique(folds_S)}
     return {
-        int(fold): fit_threshold(
-            labels_S[folds_S != fold], scores_S[folds_S != fold], criterion=criterion, target=target
-        )
-        for fold in np.unique(folds_S)
-    }
-
-
-def same_fold_thresholds(
-    labels_S: np.ndarray,
-    scores_S: np.ndarray,
-    folds_S: np.ndarray,
-    *,
-    criterion: Criterion = "youden",
-    target: float | None = None,
-) -> dict[int, float]:
-    """Return for each fold the threshold of its *own* scores, which makes its decisions optimistic.
-
-    Parameters
-    ----------
-    labels_S, scores_S, folds_S, criterion, target
-        As `cross_fitted_thresholds` takes them.
-    """
-    return {
-        int(fold): fit_threshold(
-            labels_S[folds_S == fold], scores_S[folds_S == fold], criterion=criterion, target=target
-        )
-        for fold in np.unique(folds_S)
+        int(fold): fit_threshold(labels_S[chosen_S], scores_S[chosen_S], criterion=criterion, target=target)
+        for fold, chosen_S in fitted.items()
     }
 
 

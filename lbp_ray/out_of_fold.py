@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lbp_ray.metrics import cross_fitted_thresholds, same_fold_thresholds, study_scores
+from lbp_ray.metrics import study_scores, thresholds_by_fold
 from lbp_ray.splits import HOLDOUT, require_no_holdout
 from preprocess.commit import content_id
 
@@ -186,9 +186,11 @@ def fold_thresholds(slices: pd.DataFrame, evaluation: EvaluationConfig, level: L
     level
         What is judged.
     """
-    fit = same_fold_thresholds if evaluation.threshold_source == "same_fold" else cross_fitted_thresholds
     labels, scores, folds = fitting_scores(slices, evaluation, level)
-    return fit(labels, scores, folds, criterion=evaluation.threshold_criterion, target=evaluation.threshold_target)
+    criterion, target = evaluation.threshold_criterion, evaluation.threshold_target
+    return thresholds_by_fold(
+        labels, scores, folds, source=evaluation.threshold_source, criterion=criterion, target=target
+    )
 
 
 def fitting_scores(

@@ -89,9 +89,9 @@ def test_youden_on_reversed_scores_calls_nothing_positive():
 def test_threshold_of_a_fold_ignores_its_own_scores(scored):
     labels, scores = scored
     folds = np.arange(60) % 3
-    before = metrics.cross_fitted_thresholds(labels, scores, folds)
+    before = metrics.thresholds_by_fold(labels, scores, folds)
     changed = np.where(folds == 0, scores[::-1], scores)
-    after = metrics.cross_fitted_thresholds(labels, changed, folds)
+    after = metrics.thresholds_by_fold(labels, changed, folds)
     assert before[0] == after[0]
 
 
@@ -144,8 +144,8 @@ def test_same_fold_thresholds_use_nothing_else(scored):
     folds = np.arange(60) % 3
     changed = np.where(folds == 0, scores, 1.0 - scores)
     assert (
-        metrics.same_fold_thresholds(labels, scores, folds)[0]
-        == metrics.same_fold_thresholds(labels, changed, folds)[0]
+        metrics.thresholds_by_fold(labels, scores, folds, source="same_fold")[0]
+        == metrics.thresholds_by_fold(labels, changed, folds, source="same_fold")[0]
     )
 
 
