@@ -17,8 +17,8 @@ from lbp_ray.features import extract
 from lbp_ray.nets.resnet import build_backbone, build_head, standardise
 from lbp_ray.nets.weights import load_backbone_weights
 from lbp_ray.samples import Samples, batch_order
+from lbp_ray.steps import adam, train_epoch
 from lbp_ray.study import Recipe
-from lbp_ray.training import adam, train_epoch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -29,8 +29,9 @@ from lbp_ray.plan.flops import image_cost
 from lbp_ray.resident import Resident
 from lbp_ray.samples import Samples, batch_order, select_samples
 from lbp_ray.splits import HOLDOUT
+from lbp_ray.steps import learning_rate
 from lbp_ray.study import Recipe
-from lbp_ray.training import Training, learning_rate, sigmoid
+from lbp_ray.training import Training, sigmoid
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

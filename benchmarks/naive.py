@@ -15,7 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from lbp_ray.nets.resnet import build_backbone, build_head, standardise
 from lbp_ray.samples import Samples, batch_order, select_samples
 from lbp_ray.splits import HOLDOUT
-from lbp_ray.training import adam, learning_rate
+from lbp_ray.steps import adam, learning_rate
 
 if TYPE_CHECKING:
     from lbp_ray.cell import TrialData, TrialSpec

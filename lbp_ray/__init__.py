@@ -19,6 +19,7 @@ The rooms, in the order the data meets them:
 - ``cell``: what a trial is: its specification, its address, the data that all trials share.
 - ``samples``: slices as independent samples, and the order in which an epoch takes them.
 - ``resident``: what a process keeps between trials.
+- ``steps``: what the epochs of a trial are made of: passes, steps, learning rates.
 - ``training``: the training loop of one trial.
 - ``selection``: which epoch of a trial scores, decided from its learning curve alone.
 - ``streaming``: features that stay on disk: the order of an epoch by blocks, and its reader.

@@ -21,7 +21,7 @@ from lbp_ray.nets.resnet import build_head
 from lbp_ray.result import PermutationNull, ProtocolNull
 from lbp_ray.samples import Samples, epoch_order, select_samples, some
 from lbp_ray.splits import HOLDOUT
-from lbp_ray.training import adam, learning_rate, train_epoch
+from lbp_ray.steps import adam, learning_rate, train_epoch
 
 if TYPE_CHECKING:
     from lbp_ray.cell import TrialData

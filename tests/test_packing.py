@@ -21,8 +21,9 @@ from lbp_ray.nets.resnet import standardise
 from lbp_ray.packing import MOST_PER_GPU, Peak, gpus_for, measure_peak
 from lbp_ray.resident import Resident
 from lbp_ray.samples import SamplesOnGpu
+from lbp_ray.steps import adam, training_step
 from lbp_ray.study import ComputeConfig
-from lbp_ray.training import Training, adam, training_step
+from lbp_ray.training import Training
 
 GIB = 2**30
 

@@ -14,7 +14,8 @@ from lbp_ray.nets.resnet import build_head, set_batchnorm_mode, standardise
 from lbp_ray.nets.weights import RESNET50, VGG11_BN, WeightsError, load_backbone_weights, weights_sha256
 from lbp_ray.resident import Resident
 from lbp_ray.samples import batch_order, select_samples
-from lbp_ray.training import Training, learning_rate
+from lbp_ray.steps import learning_rate
+from lbp_ray.training import Training
 from lbp_ray.trial import run_trial
 
 FOLDS = [0, 0, 1, 1, 1, 1, 0, 0, -1, -1]

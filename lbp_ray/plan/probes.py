@@ -25,8 +25,9 @@ from lbp_ray.nets.resnet import NUM_FEATURES, build_backbone, build_head, standa
 from lbp_ray.nets.weights import load_backbone_weights
 from lbp_ray.permutation import permutation_null
 from lbp_ray.resident import Resident
+from lbp_ray.steps import adam, learning_rate
 from lbp_ray.study import Recipe
-from lbp_ray.training import Training, adam, learning_rate
+from lbp_ray.training import Training
 
 if TYPE_CHECKING:
     from collections.abc import Callable
