@@ -47,11 +47,11 @@ demo-roi: $(VENV)/.installed
 	$(BIN)/python -m lbp_ray.segment --config configs/roi_demo.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not slow and not slurm and not multihost and not browser and not gpu'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --instafail -m 'not slow and not slurm and not multihost and not browser and not gpu'
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tracking]'
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=30 -m 'slow or slurm or multihost or browser or gpu'
+	$(BIN)/python -m pytest -n 3 --dist loadfile --instafail --durations=30 -m 'slow or slurm or multihost or browser or gpu'
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -29,7 +29,7 @@ NETWORK = "10.77"
 LOCKS = Path("/var/tmp/lbp-ray-hosts")
 """One empty file per number of a bridge, locked while a test process has it; they stay, so that no lock is lost."""
 
-WAIT_S = 60.0
+WAIT_S = 180.0
 """Seconds within which what is waited for must have come, unless told otherwise."""
 
 HOST = """

@@ -145,7 +145,6 @@ def commit_crops(folder, data):
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.xdist_group("counts")
 def test_processes_are_as_many_as_slots_not_as_trials_and_none_reads_an_image(study, monkeypatch):
     config, prepared = study
     shared = tune._shared(config, prepared)

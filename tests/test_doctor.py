@@ -469,7 +469,6 @@ def doctor(*arguments):
 
 
 @pytest.mark.slurm
-@pytest.mark.xdist_group("slurm")
 @pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement()))
 def test_step_of_a_real_slurm_is_well_until_two_nodes_are_cut_apart(home):
     with slurm(2, cpus=os.cpu_count()) as cluster, tempfile.TemporaryDirectory(dir="/var/tmp") as storage:

@@ -26,8 +26,6 @@ from preprocess.pipeline import ConvertJob, convert_tree
 from preprocess.store.read import SliceStore
 from preprocess.store.verify import verify_store
 
-pytestmark = pytest.mark.xdist_group("hostile")
-
 NOT_A_MATTER_OF_CONTENT = {
     "changed_after_commit",
     "decoder_crash",

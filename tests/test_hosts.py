@@ -25,7 +25,6 @@ from preprocess.job import NODE_LOST_STATUS
 pytestmark = [
     pytest.mark.multihost,
     pytest.mark.slow,
-    pytest.mark.xdist_group("hosts"),
     pytest.mark.skipif(bool(missing_requirement()), reason=str(missing_requirement())),
 ]
 

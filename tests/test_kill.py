@@ -16,7 +16,7 @@ from river import LIMIT_S, ROOT, expect, prepare_cohort, run, start, study_argum
 
 from preprocess.job import NODE_LOST_STATUS
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("kill")]
+pytestmark = pytest.mark.ray
 
 STUDY = study_arguments("recipe.frozen_epochs=2", "slice_counts=[1]", "seeds=[0,1]", "evaluation.permutations=0")
 

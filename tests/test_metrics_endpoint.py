@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import secrets
@@ -11,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections import defaultdict
 from pathlib import Path
@@ -40,7 +40,7 @@ def read(port):
     """Return the samples of an endpoint: name → sets of labels → value; nothing while it does not answer."""
     try:
         text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    except urllib.error.URLError:
+    except (OSError, http.client.HTTPException):
         return {}
     return {
         (sample.name, frozenset(sample.labels.items())): sample.value

@@ -36,8 +36,6 @@ from preprocess.__main__ import main
 from preprocess.commit import PARTIAL_PREFIX
 from preprocess.store.read import SliceStore
 
-pytestmark = pytest.mark.xdist_group("privacy")
-
 TEXTS = {"AE", "CS", "LO", "LT", "PN", "SH", "ST", "UC", "UR", "UT"}
 NUMBERS = {"AS": "117Y", "DA": "18930417", "DS": "7391.82645", "DT": "18930417112233.739182", "IS": "739182645"}
 NUMBERS |= {"TM": "112233.739182"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import shutil
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +26,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 BIN = Path(sys.executable).parent
 CELLS = {f"k{count}-fold{fold:02d}-seed0" for count in (1, 3) for fold in (0, 1)}
+DISCOVERY = "prom_metrics_service_discovery.json"
+"""Names every metrics endpoint of the cluster."""
 
 
 def free_port():
@@ -55,6 +57,7 @@ def head(module_folder):
         )
     try:
         wait_for(lambda: "Ray runtime started" in log.read_text(), process, log)
+        wait_for((folder / "ray" / DISCOVERY).exists, process, log)  # Ray writes it once its dashboard is up
         second = {**first, "PATH": f"{BIN}:{first['PATH']}", "RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": url}
         del second["LBP_RAY_ROOT"], second["PYTHONPATH"]
         yield SimpleNamespace(root=root, folder=folder, url=url, environment=second)
@@ -95,14 +98,15 @@ def listed(head, what):
 def exported_cells(head):
     """Return the cells that the metrics endpoints show a validation AUC of.
 
-    Ray also lists a fixed port of its autoscaler, which another Ray on this machine may have taken and left since.
+    Ray also lists a fixed port of its autoscaler, which another Ray on this machine may have taken, and may leave in
+    the middle of an answer.
     """
-    (discovery,) = json.loads((head.folder / "ray" / "prom_metrics_service_discovery.json").read_text())
+    (discovery,) = json.loads((head.folder / "ray" / DISCOVERY).read_text())
     found = set()
     for target in discovery["targets"]:
         try:
             page = urllib.request.urlopen(f"http://{target}/metrics", timeout=10).read().decode()
-        except urllib.error.URLError:
+        except (OSError, http.client.HTTPException):
             continue
         found |= set(re.findall(r'^ray_lbp_ray_validation_auc\{.*?\bcell="([^"]+)"', page, flags=re.MULTILINE))
     return found

@@ -20,7 +20,7 @@ from lbp_ray.result import METRIC_NAMES, StudyResult
 from lbp_ray.study import EvaluationConfig
 from preprocess.exam import convert_exam
 
-pytestmark = [pytest.mark.ray, pytest.mark.xdist_group("river")]
+pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")

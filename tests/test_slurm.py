@@ -20,7 +20,6 @@ from preprocess.job import NODE_LOST_STATUS
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
-    pytest.mark.xdist_group("slurm"),
     pytest.mark.skipif(bool(missing_requirement()), reason=str(missing_requirement())),
 ]
 

@@ -21,7 +21,6 @@ from cluster.slurm.allocation import FIRST_PORT, LAST_PORT, PORTS
 pytestmark = [
     pytest.mark.multihost,
     pytest.mark.slow,
-    pytest.mark.xdist_group("hosts"),
     pytest.mark.skipif(bool(missing_requirement()), reason=str(missing_requirement())),
     pytest.mark.skipif(bool(closed_folder(ROOT)), reason="other users cannot read the project's folder"),
 ]
