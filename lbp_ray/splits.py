@@ -8,6 +8,7 @@ Shape suffixes: E exams, P patients.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass, replace
@@ -122,7 +123,7 @@ def make_split(
     patient_E, names = _patient_codes(exams)
     positive_P = np.bincount(patient_E, exams["label"].to_numpy(dtype=float)) > 0
     exams_P = np.bincount(patient_E)
-    generator = np.random.Generator(np.random.Philox(key=[seed, len(names)]))
+    generator = np.random.Generator(np.random.Philox(key=_secret(seed, positive_P)))
     order = generator.permutation(len(names))
     sealed = np.empty(0, np.int64)
     if holdout_fraction:
@@ -152,6 +153,16 @@ def _patient_codes(exams: pd.DataFrame) -> tuple[np.ndarray, pd.Index]:
         msg = f"study {nameless[0]} has no patient_id ({len(nameless)} such exam(s)); link the questionnaire again"
         raise SplitError(msg)
     return codes, names
+
+
+def _secret(seed: int, positive_P: np.ndarray) -> np.ndarray:
+    """Return the key of the draws, which takes every patient's label to know.
+
+    A file of the run tells the seed. Were the order of patients known from it, so would sealed labels be: who is sealed
+    though a negative patient before them is not must be positive.
+    """
+    told = hashlib.sha256(f"{seed} {len(positive_P)} ".encode() + np.packbits(positive_P).tobytes())
+    return np.frombuffer(told.digest()[:16], dtype="<u8").astype(np.uint64)
 
 
 def _draw_holdout(may_be_sealed: np.ndarray, positive_P: np.ndarray, fraction: float) -> np.ndarray:

@@ -130,6 +130,44 @@ def test_same_seed_same_split_whatever_the_row_order():
     assert not first.equals(make_split(exams, folds=5, holdout_fraction=0.1, seed=4))
 
 
+def replayed(table, seed):
+    """Deduce sealed labels from what a run tells: exams, folds, labels outside the hold-out, and the seed.
+
+    If patients were drawn in an order that the seed alone gives, who is sealed behind a negative patient that is not
+    would have to be positive, and the reverse.
+    """
+    order = np.random.Generator(np.random.Philox(key=[seed, len(table)])).permutation(len(table))
+    place = np.argsort(order)
+    fold, label = table["fold"].to_numpy(), table["label"].to_numpy()
+    first = {value: place[(fold != HOLDOUT) & (label == value)].min() for value in (0, 1)}
+    behind = {value: (fold == HOLDOUT) & (place > first[1 - value]) for value in (0, 1)}
+    return {patient: value for value in (0, 1) for patient in np.flatnonzero(behind[value] & ~behind[1 - value])}
+
+
+def test_sealed_labels_cannot_be_deduced_from_the_seed():
+    right = 0
+    for seed in range(50):
+        labels = np.random.default_rng(seed).permutation(np.repeat([1, 0], [113, 413]))
+        names = [f"{row:04d}" for row in range(526)]
+        exams = pd.DataFrame({"study_id": names, "patient_id": names, "label": labels})
+        split = make_split(exams, folds=10, holdout_fraction=0.1, seed=seed)
+        table = split.assign(label=np.where(split["fold"] == HOLDOUT, np.nan, labels))
+        right += sum(labels[patient] == value for patient, value in replayed(table, seed).items())
+    assert right < 50  # of 2,650; an order that the seed gives tells some 260
+
+
+def test_other_labels_of_the_sealed_seal_others():
+    """Folds that fit only the true labels would tell them to whoever tries a few."""
+    for seed in range(20):
+        exams = cohort(seed)
+        split = make_split(exams, folds=10, holdout_fraction=0.1, seed=seed)
+        sealed = exams[split["fold"] == HOLDOUT].groupby("patient_id")["label"].max()
+        swapped = [sealed.index[sealed == value][0] for value in (0, 1)]
+        others = exams.assign(label=exams["label"].mask(exams["patient_id"].isin(swapped), 1 - exams["label"]))
+        again = make_split(others, folds=10, holdout_fraction=0.1, seed=seed)
+        assert not again["fold"].equals(split["fold"])
+
+
 def test_patient_in_two_folds_is_refused():
     split = pd.DataFrame({"study_id": ["a", "b"], "patient_id": ["p", "p"], "fold": [0, 1]})
     with pytest.raises(SplitError, match=r"patient p stands in folds \[0, 1\].*make it again, by patient"):
