@@ -114,7 +114,7 @@ def aggregate(
     )
     with committed_directory(final, point="result") as folder:
         table.to_parquet(folder / "out_of_fold.parquet", index=False)
-        collect_holdout(specs, folders).to_parquet(folder / "holdout.parquet", index=False)
+        collect_holdout(specs, folders, config.evaluation).to_parquet(folder / "holdout.parquet", index=False)
         sound = result.model_copy(update={"hashes": result.hashes | table_hashes(folder)})
         sound.save(folder / "result.json")
     return final

@@ -183,12 +183,22 @@ def thresholds_by_fold(
         optimistic.
     criterion, target
         As `fit_threshold` takes them.
+
+    Raises
+    ------
+    MetricError
+        If no threshold of a fold reaches the target; the fold is named.
     """
-    fitted = {fold: (folds_S == fold) == (source == "same_fold") for fold in np.unique(folds_S)}
-    return {
-        int(fold): fit_threshold(labels_S[chosen_S], scores_S[chosen_S], criterion=criterion, target=target)
-        for fold, chosen_S in fitted.items()
-    }
+    fitted = {int(fold): (folds_S == fold) == (source == "same_fold") for fold in np.unique(folds_S)}
+    found = {}
+    for fold, chosen_S in fitted.items():
+        try:
+            found[fold] = fit_threshold(labels_S[chosen_S], scores_S[chosen_S], criterion=criterion, target=target)
+        except MetricError as error:
+            whose = "its own scores" if source == "same_fold" else "the other folds' scores"
+            msg = f"fold {fold}, by {whose}: {error}"
+            raise MetricError(msg) from error
+    return found
 
 
 def confusion(labels_S: np.ndarray, decisions_S: np.ndarray, weights_BS: np.ndarray | None = None) -> Counts:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from lbp_ray.metrics import study_scores, thresholds_by_fold
+from lbp_ray.metrics import MetricError, study_scores, thresholds_by_fold
 from lbp_ray.splits import HOLDOUT, require_no_holdout
+from lbp_ray.summaries import THRESHOLD_OF
 from preprocess.commit import content_id
 
 if TYPE_CHECKING:
@@ -99,14 +100,18 @@ def collect(
     return table.sort_values(KEY, ignore_index=True)[list(OUT_OF_FOLD_COLUMNS)]
 
 
-def collect_holdout(specs: Sequence[TrialSpec], folders: Sequence[Path]) -> pd.DataFrame:
-    """Join the hold-out predictions of all trials, keyed also by fold; there are no labels and no decisions in it."""
+def collect_holdout(specs: Sequence[TrialSpec], folders: Sequence[Path], evaluation: EvaluationConfig) -> pd.DataFrame:
+    """Join the hold-out predictions of all trials, keyed also by fold; there are no labels and no decisions in it.
+
+    ``threshold_source`` says whose scores make the threshold that a network alone is judged by.
+    """
     tables = [
         pd.read_parquet(folder / "holdout.parquet").assign(
             **spec.cell.model_dump(),
             trial_id=spec.trial_id,
             epoch=json.loads((folder / "trial.json").read_text())["epochs"][0],
             selection=spec.recipe.selection,
+            threshold_source=evaluation.threshold_source,
         )
         for spec, folder in zip(specs, folders, strict=True)
     ]
@@ -205,9 +210,16 @@ def fitting_scores(
 
 def _with_thresholds(table: pd.DataFrame, evaluation: EvaluationConfig) -> pd.DataFrame:
     table = table.assign(threshold=np.nan, slice_threshold=np.nan, threshold_source=evaluation.threshold_source)
-    for _, rows in table.groupby(["num_slices", "seed"]):
-        table.loc[rows.index, "threshold"] = rows["fold"].map(fold_thresholds(rows, evaluation, "study"))
-        table.loc[rows.index, "slice_threshold"] = rows["fold"].map(fold_thresholds(rows, evaluation, "slice"))
+    for (count, seed), rows in table.groupby(["num_slices", "seed"]):
+        for level, column in THRESHOLD_OF.items():
+            try:
+                table.loc[rows.index, column] = rows["fold"].map(fold_thresholds(rows, evaluation, level))
+            except MetricError as error:
+                msg = (
+                    f"k{count} seed{seed}, thresholds for {level} scores, {error}. Trained networks are kept: with "
+                    "another evaluation the same command only makes the tables again"
+                )
+                raise MetricError(msg) from error
     return table
 
 

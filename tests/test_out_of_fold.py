@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from study_factory import make_spec
 
+from lbp_ray.metrics import MetricError
 from lbp_ray.out_of_fold import (
     OUT_OF_FOLD_COLUMNS,
     IncompleteStudyError,
@@ -52,7 +53,8 @@ def study(tmp_path):
             for step in range(-reach, reach + 1)
         ]
         pd.DataFrame(rows).to_parquet(folder / "out_of_fold.parquet")
-        pd.DataFrame(rows).assign(study_id="h").to_parquet(folder / "holdout.parquet")
+        sealed = pd.DataFrame(rows).drop_duplicates("slice_index").assign(study_id="h")
+        sealed.to_parquet(folder / "holdout.parquet")
         record = {"trial_id": spec.trial_id, "epochs": [4], "environment": {"torch": "2", "device": "cpu"}}
         (folder / "trial.json").write_text(json.dumps(record))
     return specs, folders
@@ -178,8 +180,21 @@ def test_exams_without_a_crop_are_not_due(study, split):
     assert set(collect(*study, analysed, HONEST)["study_id"]) == set("abcd")
 
 
+def test_a_target_that_a_fold_cannot_reach_names_network_level_and_fold(study, split):
+    specs, folders = study
+    for spec, folder in zip(specs, folders, strict=True):
+        if (spec.cell.fold, spec.cell.seed) == (0, 1):
+            edit(folder, lambda table: table.assign(probability=1 - table["probability"]))
+    wanted = EvaluationConfig(threshold_source="same_fold", threshold_criterion="npv", threshold_target=0.9)
+    message = "k1 seed1, thresholds for study scores, fold 0, by its own scores: no threshold reaches npv 0.9"
+    with pytest.raises(MetricError, match=message) as refused:
+        collect(specs, folders, split, wanted)
+    assert "Trained networks are kept" in str(refused.value)
+
+
 def test_holdout_table_has_no_label_and_one_row_per_model(study):
-    table = collect_holdout(*study)
+    table = collect_holdout(*study, HONEST)
     assert "label" not in table
     assert set(table["study_id"]) == {"h"}
-    assert not table.duplicated(["num_slices", "fold", "seed", "slice_index", "trial_id", "probability"]).all()
+    assert set(table["threshold_source"]) == {"cross_fitted"}
+    assert not table.duplicated(["num_slices", "fold", "seed", "study_id", "slice_index"]).any()

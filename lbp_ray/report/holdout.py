@@ -60,7 +60,10 @@ def opening_sentences(result: StudyResult, told: Unsealed) -> list[str]:
 
 def holdout_tables(result: StudyResult, told: Unsealed) -> list[Sheet]:
     """Make the tables of one opening: metrics, and the range over folds taken alone."""
-    return [_metrics(result, told), *([_folds(told)] if all(part.choices for part in told.slice_counts) else [])]
+    return [
+        _metrics(result, told),
+        *([_folds(result, told)] if all(part.choices for part in told.slice_counts) else []),
+    ]
 
 
 def holdout_picture(result: StudyResult, told: Unsealed) -> Picture:
@@ -122,6 +125,7 @@ def _metrics(result: StudyResult, told: Unsealed) -> Sheet:
     records = tuple(
         {
             "opening": told.opening.number,
+            **_how(result),
             "num_slices": part.num_slices,
             "num_studies": part.num_studies,
             "num_positive": part.num_positive,
@@ -142,12 +146,13 @@ def _metrics(result: StudyResult, told: Unsealed) -> Sheet:
     return Sheet(name, "Hold-out", note, ("metric", *head), "l" + "rr" * len(parts), rows, records, judged=False)
 
 
-def _folds(told: Unsealed) -> Sheet:
+def _folds(result: StudyResult, told: Unsealed) -> Sheet:
     parts = _by_slices(told)
     rows = tuple((METRIC_LABELS[name], *[metric_range(part.choices, name) for part in parts]) for name in METRIC_NAMES)
     records = tuple(
         {
             "opening": told.opening.number,
+            **_how(result),
             "num_slices": part.num_slices,
             "fold": choice.fold,
             "threshold": choice.threshold,
@@ -165,6 +170,12 @@ def _folds(told: Unsealed) -> Sheet:
     head = ("metric", *[slices(part.num_slices) for part in parts])
     title, align = "Hold-out by one fold's networks", "l" + "r" * len(parts)
     return Sheet(f"{_stem(told)}_folds", title, note, head, align, rows, records, judged=False)
+
+
+def _how(result: StudyResult) -> dict[str, str]:
+    """How each network's epoch and threshold were chosen, and what is judged."""
+    chosen = {"selection": result.selection, "network_threshold_source": result.threshold_source}
+    return {**chosen, "level": result.level}
 
 
 def _stem(told: Unsealed) -> str:
