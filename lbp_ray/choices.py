@@ -250,7 +250,7 @@ CHOICES = (
         "Is the threshold one of slices or of studies?",
         (
             ("study", "fitted on study scores, after aggregation"),
-            ("slice", "fitted on slice scores, before it"),
+            ("slice", "fitted on slice scores, before it; with `ensemble_threshold: mean_of_seeds` only"),
         ),
         "Metrics of decisions with several slices: a slice's threshold calls more studies symptomatic, since any of"
         " their slices may pass it.",

@@ -70,7 +70,7 @@ def ensemble_threshold(outside: pd.DataFrame, evaluation: EvaluationConfig, leve
         Rows of one slice count of the out-of-fold table.
     evaluation
         ``ensemble_threshold``: ``refit`` on the seed-averaged scores of all folds (``threshold_criterion``,
-        ``threshold_target``, ``threshold_level``), or ``mean_of_seeds``, the mean of all networks' thresholds.
+        ``threshold_target``), or ``mean_of_seeds``, the mean of all networks' thresholds.
     level
         What is judged.
 

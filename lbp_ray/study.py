@@ -204,7 +204,8 @@ class Recipe(FrozenModel):
     BatchNorm looks at the batch."""
     unfrozen_dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     """Autocast type of the unfrozen epochs; features are always float32. ``auto`` becomes, when the study starts,
-    ``bfloat16`` where the trials' device computes it natively, else ``float32``; the result names what it became."""
+    ``bfloat16`` where the trials' device computes it natively, else ``float32``; the result names what it became. On
+    CPUs that is decided by the first run of the study, and its folder keeps it for later ones."""
     head: Literal["one_logit", "two_logit"] = "one_logit"
     """Last layer: one logit with binary cross-entropy, or one per class with a softmax over both."""
     selection: Literal["fixed_epochs", "inner_validation", "same_fold"] = "fixed_epochs"
@@ -282,8 +283,8 @@ class ComputeConfig(FrozenModel):
     gpus_per_trial: Annotated[float, Field(ge=0)] | Literal["auto"] = 0.0
     """GPUs of a trial. A fraction packs several trials on one, 0 trains on CPUs. A whole number above 1 shares each
     batch of the unfrozen epochs among as many workers, one GPU each. ``auto`` measures the memory of a trial when the
-    study starts and packs as many as fit; where the cluster has no GPU it is 0. Trials of a CPU and of a GPU, or of two
-    models of GPU, are not mixed in one table."""
+    study starts, on one GPU of every node, and packs as many as fit where fewest do; where the cluster has no GPU it is
+    0. Trials of a CPU and of a GPU, or of two models of GPU, are not mixed in one table."""
     workers_per_trial: PositiveInt = 1
     """The same on CPUs: workers that share each batch, ``recipe.threads`` CPUs each. On GPUs it stays 1: there is one
     per GPU."""
@@ -414,6 +415,13 @@ class StudyConfig(FrozenModel):
             msg = (
                 "evaluation.threshold_level: slice judges a study by whether any slice passes the slices' threshold; "
                 f"with recipe.study_rule: {self.recipe.study_rule} it would say nothing: use threshold_level: study"
+            )
+            raise ValueError(msg)
+        if self.evaluation.threshold_level == "slice" and self.evaluation.ensemble_threshold == "refit":
+            msg = (
+                "evaluation.threshold_level: slice with ensemble_threshold: refit would fit a threshold to averaged "
+                "slices and hold it against averages of the networks' largest slices, which are larger: use "
+                "evaluation.ensemble_threshold: mean_of_seeds"
             )
             raise ValueError(msg)
         return self

@@ -173,7 +173,13 @@ def test_slice_thresholds_judge_studies_by_the_any_rule_only(config_file):
     overrides = ["evaluation.threshold_level=slice", "recipe.study_rule=mean"]
     with pytest.raises(ConfigError, match="threshold_level: slice judges a study by whether any slice"):
         load_config(StudyConfig, config_file, overrides)
-    assert load_config(StudyConfig, config_file, overrides[:1]).evaluation.threshold_level == "slice"
+    averaged = "evaluation.ensemble_threshold=mean_of_seeds"
+    assert load_config(StudyConfig, config_file, [overrides[0], averaged]).evaluation.threshold_level == "slice"
+
+
+def test_a_threshold_of_averaged_slices_is_not_held_against_averaged_largest_ones(config_file):
+    with pytest.raises(ConfigError, match=r"which are larger: use evaluation.ensemble_threshold: mean_of_seeds"):
+        load_config(StudyConfig, config_file, ["evaluation.threshold_level=slice"])
 
 
 def test_an_unset_variable_is_one_fault_not_two(monkeypatch):

@@ -119,14 +119,10 @@ def test_the_holdout_is_judged_by_the_mean_of_all_models_study_scores(finish, sl
     assert (part.roc.x[-1], part.roc.y[-1], part.precision_recall.x[0]) == (1, 1, 1)
 
 
-@pytest.mark.parametrize("level", ["study", "slice"])
-def test_the_threshold_is_fitted_on_seed_averaged_scores_outside_the_holdout(finish, level):
-    how = {"threshold_criterion": "sensitivity", "threshold_target": 0.9}
-    config, _, folder = finish({"threshold_level": level, **how}, slice_counts=(3,))
-    units = ["study_id", "slice_index"] if level == "slice" else ["study_id"]
-    score = "probability" if level == "slice" else "score"
-    table = table_of(folder, "out_of_fold").drop_duplicates([*units, "seed"]).groupby(units)
-    labels, scores = table["label"].first().to_numpy(dtype=int), table[score].mean().to_numpy()
+def test_the_threshold_is_fitted_on_seed_averaged_scores_outside_the_holdout(finish):
+    config, _, folder = finish({"threshold_criterion": "sensitivity", "threshold_target": 0.9}, slice_counts=(3,))
+    table = table_of(folder, "out_of_fold").drop_duplicates(["study_id", "seed"]).groupby("study_id")
+    labels, scores = table["label"].first().to_numpy(dtype=int), table["score"].mean().to_numpy()
     (part,) = unseal(config, folder).slice_counts
     expected = fit_threshold(labels, scores, criterion="sensitivity", target=0.9)
     assert part.threshold == pytest.approx(expected, abs=1e-15)
