@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Literal
+import sys
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
+from lbp_ray.runs import RunError
+from preprocess.commit import canonical_json, write_atomic
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lbp_ray.study import StudyConfig
 
 Dtype = Literal["float32", "bfloat16"]
@@ -28,6 +34,57 @@ def native_dtype(wanted: Literal["float32", "bfloat16", "auto"], *, gpu: bool) -
     flags: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     native = gpu or flags.get("avx512_bf16", False) or flags.get("amx_bf16", False)
     return "bfloat16" if native else "float32"
+
+
+KEPT_TYPE = "unfrozen_dtype.json"
+"""File in a study's folder: what ``unfrozen_dtype: auto`` became when the study first ran on CPUs."""
+
+
+def keep_first_type(config: StudyConfig, folder: Path, *, gpu: bool) -> StudyConfig:
+    """Let ``unfrozen_dtype: auto`` stay what it became when the study first ran on CPUs, and say what that is.
+
+    A trial's address names the type: a study that goes on from a CPU of another model would train every trial anew.
+    What ``images_per_pass: auto`` becomes follows from the type and the configuration, and stays with it.
+
+    Parameters
+    ----------
+    config
+        The study. Where it names a type, nothing is read or written.
+    folder
+        The study's own, which holds `KEPT_TYPE`.
+    gpu
+        The trials run on GPUs: all are taken to compute bfloat16, and nothing is read or written.
+
+    Raises
+    ------
+    RunError
+        If `KEPT_TYPE` names no type.
+    """
+    if gpu or config.recipe.unfrozen_dtype != "auto":
+        return config
+    file, own = folder / KEPT_TYPE, native_dtype("auto", gpu=False)
+    reason = f"as when the study first ran on CPUs, which {file} keeps"
+    if not file.exists():
+        write_atomic(file, canonical_json({"cpu": own}).encode())
+        does = "computes" if own == "bfloat16" else "does not compute"
+        reason = f"this node's CPU {does} bfloat16 natively; {file} keeps it for the study's later runs"
+    dtype = _read_type(file)
+    sys.stdout.write(f"recipe.unfrozen_dtype: auto is {dtype}: {reason}\n")
+    if (dtype, own) == ("bfloat16", "float32"):
+        sys.stdout.write(
+            "warning: this node's CPU only emulates bfloat16, which is slow: run the study on nodes like its first, or "
+            "set recipe.unfrozen_dtype=float32, which trains every trial anew\n"
+        )
+    return config.model_copy(update={"recipe": config.recipe.model_copy(update={"unfrozen_dtype": dtype})})
+
+
+def _read_type(file: Path) -> Dtype:
+    types: dict[str, Dtype] = {canonical_json({"cpu": dtype}): dtype for dtype in get_args(Dtype)}
+    text = file.read_text().strip()
+    if text not in types:
+        msg = f"{file} must hold {' or '.join(types)}, found {text[:80]!r}; delete it and the type is decided anew"
+        raise RunError(msg)
+    return types[text]
 
 
 PASS_BYTES = 1_280_000

@@ -6,10 +6,12 @@ Packing changes no number: each trial is a process of its own, and a trial's add
 from __future__ import annotations
 
 import math
+import socket
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from lbp_ray.runs import RunError
 from lbp_ray.training import Training
 
 if TYPE_CHECKING:
@@ -62,11 +64,23 @@ def measure_peak(spec: TrialSpec, data: TrialData, resident: Resident) -> Peak:
         A trial of the study, one with the most slices.
     data, resident
         As `lbp_ray.trial.run_trial` takes them; nothing of the steps may be used afterwards.
+
+    Raises
+    ------
+    RunError
+        If the GPU's memory is too small.
     """
-    training = Training(spec, data, resident)
-    if spec.recipe.unfrozen_epochs:
-        training.unfreeze()
-    training.rehearse(MEASURED_STEPS)
+    try:
+        training = Training(spec, data, resident)
+        if spec.recipe.unfrozen_epochs:
+            training.unfreeze()
+        training.rehearse(MEASURED_STEPS)
+    except torch.OutOfMemoryError as error:
+        msg = (
+            f"compute.gpus_per_trial: auto: a trial does not fit on a GPU of node {socket.gethostname()}: {error}; "
+            "start Ray there without that GPU (--num-gpus), or lower recipe.images_per_pass or recipe.batch_size"
+        )
+        raise RunError(msg) from None
     free, total = torch.cuda.mem_get_info(resident.device)
     outside = total - free - torch.cuda.memory_reserved(resident.device)  # the context, and other processes if any
     return Peak(outside + torch.cuda.max_memory_reserved(resident.device), total)

@@ -21,11 +21,11 @@ from lbp_ray.distributed.extract import ensure_features
 from lbp_ray.distributed.progress import Progress, Tally
 from lbp_ray.distributed.trackers import Trackers, require
 from lbp_ray.distributed.tuning import run_trials
-from lbp_ray.distributed.waiter import measured_share, options, waiting_trial
+from lbp_ray.distributed.waiter import largest_share, waiting_trial
 from lbp_ray.distributed.worker import load_trial_data
 from lbp_ray.features import features_id
 from lbp_ray.finished import RESULT_FILE, render_result
-from lbp_ray.native import for_device
+from lbp_ray.native import for_device, keep_first_type
 from lbp_ray.predict import PREDICTOR_FILE, describe_predictor
 from lbp_ray.prepare import Prepared, prepare
 from lbp_ray.report import render_console
@@ -98,10 +98,9 @@ def run_study(config: StudyConfig) -> Path:
     """
     require(config.compute.trackers)
     if config.compute.gpus_per_trial != "auto":
-        return _run(for_device(config, gpu=bool(config.compute.gpus_per_trial)))
+        return _run(config)
     with connect():  # whether there is a GPU decides device and type, and so which trials are missing
-        config = without_absent_gpus(config)
-        return _run(for_device(config, gpu=bool(config.compute.gpus_per_trial)))
+        return _run(without_absent_gpus(config))
 
 
 def without_absent_gpus(config: StudyConfig) -> StudyConfig:
@@ -121,6 +120,8 @@ def tell_of_idle_gpus(config: StudyConfig) -> None:
 
 def _run(config: StudyConfig) -> Path:
     prepared = prepare(config)
+    gpu = bool(config.compute.gpus_per_trial)
+    config = for_device(keep_first_type(config, prepared.paths.folder, gpu=gpu), gpu=gpu)
     specs = plan_trials(
         config,
         crops_hash=prepared.crops.crops_hash,
@@ -260,8 +261,8 @@ def _waiting(config: StudyConfig, prepared: Prepared, shared: Shared, cells: Cel
     resources = {"CPU": float(config.recipe.threads), "GPU": gpus}
     if config.compute.gpus_per_trial == "auto":
         most_slices = max((spec for spec, _ in cells.values()), key=lambda spec: spec.cell.num_slices)
-        call = measured_share.options(**options("measure", resources))
-        resources["GPU"], told = ray.get(call.remote(shared, most_slices))
+        sys.stdout.write("compute.gpus_per_trial: auto measures a trial on one GPU of every node\n")
+        resources["GPU"], told = largest_share(shared, most_slices, resources)
         sys.stdout.write(f"compute.gpus_per_trial: auto: {told}\n")
     waiting = waiting_trial(shared, cells, resources)
     return tune.with_resources(waiting, tune.PlacementGroupFactory([{}, resources])), {"reuse_actors": True}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import subprocess
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from lbp_ray.gpu import CropsOnGpu, RecordedStep, fits
 from lbp_ray.nets.resnet import standardise
 from lbp_ray.packing import MOST_PER_GPU, Peak, gpus_for, measure_peak
 from lbp_ray.resident import Resident
+from lbp_ray.runs import RunError
 from lbp_ray.samples import SamplesOnGpu
 from lbp_ray.steps import adam, training_step
 from lbp_ray.study import ComputeConfig
@@ -94,6 +97,60 @@ def test_packing_does_not_change_what_a_trial_is():
         ]
     first, *others = ([spec.trial_id for spec in specs] for specs in planned)
     assert [first == other for other in others] == [True, True, False]
+
+
+NODES = """
+import ray
+from ray.cluster_utils import Cluster
+from lbp_ray.distributed import waiter
+head = {"num_cpus": 2, "num_gpus": 2, "resources": {"a": 1}, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+cluster.add_node(num_cpus=1, num_gpus=1, resources={"b": 1})
+cluster.add_node(num_cpus=0, num_gpus=1)
+ray.init(address=cluster.address, log_to_driver=False)
+@ray.remote
+def measured_share(shared, small):
+    if small == "both":
+        raise ValueError("does not fit")
+    here = ray.get_runtime_context().get_node_id()
+    (found,) = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
+    return (1.0, "one") if small in found else (0.125, "eight")
+waiter.measured_share = measured_share
+for small in ("a", "b", "both"):
+    try:
+        print(waiter.largest_share(None, small, {"CPU": 1.0, "GPU": 1.0}))
+    except ValueError as error:
+        print(type(error).__name__, error)
+ray.shutdown()
+cluster.shutdown()
+"""
+"""Three nodes with GPUs, those of one smaller; the third has no CPU for a trial."""
+
+
+@pytest.mark.ray
+def test_the_smallest_gpu_of_the_cluster_decides_how_many_trials_share_one():
+    """Eight trials that fit on one node's GPU would run out of memory on the other's."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # else every ray.init() of this machine finds the cluster
+        done = subprocess.run(
+            [sys.executable, "-c", NODES],
+            check=True,
+            timeout=300,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"RAY_TMPDIR": folder},
+        )
+    least = "(1.0, 'one (fewest of the GPUs of 2 nodes)')"
+    assert done.stdout.splitlines() == [least, least, "ValueError does not fit"]
+
+
+def test_a_gpu_that_holds_no_trial_is_named_before_any_starts(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Training, "rehearse", full)
+    data = with_features(make_data([0, 0, *[1] * 4]), random_backbone())
+    with pytest.raises(RunError, match=r"does not fit on a GPU of node .*Tried to allocate 2 GiB.*--num-gpus"):
+        measure_peak(make_spec(), data, Resident(random_backbone()))
 
 
 # --- which GPU -------------------------------------------------------------------------------------------------------

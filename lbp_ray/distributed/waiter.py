@@ -6,11 +6,14 @@ Nothing here imports torch, because these processes only wait: they start at onc
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,7 +44,7 @@ def run_cell(shared: Shared, spec: TrialSpec, place: TrialPlace) -> Iterator[dic
 
 @ray.remote(max_retries=0, max_calls=1)
 def measured_share(shared: Shared, spec: TrialSpec) -> tuple[float, str]:
-    """Return the share of a GPU that a trial takes, and a sentence about it; the process ends and frees its memory."""
+    """Return the share of this node's GPU that a trial takes, and a sentence about it; the process ends thereafter."""
     from lbp_ray.distributed.worker import resident, trial_data
     from lbp_ray.packing import gpus_for, measure_peak
 
@@ -49,7 +52,50 @@ def measured_share(shared: Shared, spec: TrialSpec) -> tuple[float, str]:
     peak = measure_peak(spec, trial_data(given), resident(given))
     share = gpus_for(peak)
     taken, total = (value / 2**30 for value in peak)
-    return share, f"a trial takes {taken:.1f} of a GPU's {total:.0f} GiB: {int(1 / share)} share one"
+    sentence = f"a trial takes {taken:.1f} of the {total:.0f} GiB of a GPU of {socket.gethostname()}"
+    return share, f"{sentence}: {int(1 / share)} share one"
+
+
+def largest_share(shared: Shared, spec: TrialSpec, resources: dict[str, float]) -> tuple[float, str]:
+    """Measure a trial on one GPU of every node, because Ray starts it on any of them with the same share.
+
+    Parameters
+    ----------
+    shared
+        What every worker loads.
+    spec
+        A trial of the study, one with the most slices.
+    resources
+        ``CPU`` and ``GPU`` of a trial that has a whole GPU. A node that lacks them runs no trial and is not measured.
+
+    Returns
+    -------
+    tuple of float and str
+        The largest share that was measured, and a sentence about it. GPUs of one node are taken to be alike; a node
+        that joins the cluster later is not measured.
+
+    Raises
+    ------
+    RunError
+        If a trial does not fit on one of the GPUs.
+    """
+    places: list[Any] = [
+        NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"] and all(node["Resources"].get(name, 0.0) >= amount for name, amount in resources.items())
+    ]
+    given = options("measure", resources)
+    calls = [
+        measured_share.options(**given, scheduling_strategy=place).remote(shared, spec)
+        for place in places or ["DEFAULT"]  # where nodes were lost meanwhile, Ray waits for one
+    ]
+    try:
+        share, sentence = max(ray.get(calls))
+    except RayTaskError as error:
+        if isinstance(error.cause, ValueError):
+            raise error.cause from None
+        raise
+    return share, f"{sentence} (fewest of the GPUs of {len(places)} nodes)" if len(places) > 1 else sentence
 
 
 def options(name: str, resources: dict[str, float]) -> dict[str, Any]:
