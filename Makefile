@@ -6,7 +6,7 @@ export LBP_RAY_ROOT ?= $(CURDIR)/demo
 export RAY_USAGE_STATS_ENABLED = 0
 export PYTHONUNBUFFERED = 1
 BENCH_OUT ?= $(CURDIR)/demo/bench
-HEAD_FOLDER ?= $(shell mktemp -d /tmp/ray-XXXX)
+HEAD_FOLDER ?=
 
 .PHONY: help demo demo-roi test test-slow lint bench head clean-demo
 
@@ -47,11 +47,11 @@ demo-roi: $(VENV)/.installed
 	$(BIN)/python -m lbp_ray.segment --config configs/roi_demo.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --instafail -m 'not slow and not slurm and not multihost and not browser and not gpu'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --instafail -m 'not slow and not slurm and not multihost and not browser and not gpu'
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[tracking]'
-	$(BIN)/python -m pytest -n 3 --dist loadfile --instafail --durations=30 -m 'slow or slurm or multihost or browser or gpu'
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --instafail --durations=30 -m 'slow or slurm or multihost or browser or gpu'
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -62,12 +62,15 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks --out $(BENCH_OUT) $(BENCH_OPTIONS)
 
 # Jobs find this python and a token that only its owner can read; port 0 avoids the fixed port of Ray's agents, which any other Ray
-# on the machine may hold.
+# on the machine may hold. Ray lets everybody write to its folder: unless HEAD_FOLDER names one, it lies below one of mode 0700 that
+# a loop removes once the process that becomes Ray has ended.
 head: $(VENV)/.installed
 	@umask 077; $(BIN)/ray get-auth-token --generate >/dev/null; chmod -f 600 ~/.ray/auth_token || true
 	@echo "dashboard: http://127.0.0.1:8265, with the token in ~/.ray/auth_token; from elsewhere first: ssh -L 8265:127.0.0.1:8265 $$(hostname)"
+	$(if $(HEAD_FOLDER),,own=$$(mktemp -d /tmp/ray-XXXX) || exit 1; \
+	  (trap '' HUP INT TERM; while kill -0 $$$$; do sleep 0.5; done; rm -rf "$$own") </dev/null >/dev/null 2>&1 &) \
 	PATH=$(abspath $(BIN)):$$PATH RAY_AUTH_MODE=token exec ray start --head --block --disable-usage-stats \
-	  --dashboard-host=127.0.0.1 --dashboard-agent-listen-port=0 --temp-dir=$(HEAD_FOLDER) $(HEAD_OPTIONS)
+	  --dashboard-host=127.0.0.1 --dashboard-agent-listen-port=0 --temp-dir=$(or $(HEAD_FOLDER),$$own/ray) $(HEAD_OPTIONS)
 
 clean-demo:
 	rm -rf $(CURDIR)/demo $(CURDIR)/demo-roi

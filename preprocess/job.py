@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager
+import time
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,7 +32,10 @@ MAX_RETRIES = 1
 """Further attempts of a task whose process died (a decoder crash, a lost node)."""
 
 SOCKET_PATH_LIMIT = 43
-"""Longest temporary folder under which Ray's socket paths, 64 bytes longer, have at most Linux's 107."""
+"""Longest folder of Ray, in bytes, under which its socket paths, 64 bytes longer, have at most Linux's 107."""
+
+PRIVATE_FOLDER_BYTES = len("/lbp-12345678/ray")
+"""What stands between the temporary folder of this machine and the socket paths: Ray's folder in one of our own."""
 
 NODE_LOST_STATUS = 75
 """Exit status when this machine's Ray node died: a temporary failure, the same command goes on."""
@@ -43,6 +48,9 @@ NODE_CHECK_S = 5.0
 HEAD_SILENT_S = 40.0
 """Seconds without an answer of the head after which this process ends by itself; Ray would end it after 60, with
 status 1."""
+
+REMOVALS, REMOVAL_PAUSE_S = 10, 0.2
+"""Attempts to remove what Ray has written, and the seconds between two."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -62,25 +70,25 @@ def connect(num_cpus: int | None = None) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if "RAY_ADDRESS" not in os.environ:
-        # Without a token of its own, Ray leaves one in the home folder that every user of the machine can read.
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        # Fewer idle processes: nothing here needs the dashboard of a cluster that lives for one command.
-        options |= {"address": "local", "include_dashboard": False}
-        options |= {"num_cpus": num_cpus, "_temp_dir": _short_temporary_folder()}
-    ray.init(**options)
-    ended = threading.Event()
-    threading.Thread(
-        target=_leave_with_node, args=(ray.get_runtime_context().get_node_id(), ended), daemon=True
-    ).start()
-    try:
-        yield
-    except LocalRayletDiedError:
-        sys.stderr.write(NODE_LOST)
-        raise SystemExit(NODE_LOST_STATUS) from None
-    finally:
-        ended.set()
-        ray.shutdown()
+    with ExitStack() as leftovers:
+        if "RAY_ADDRESS" not in os.environ:
+            # Without a token of its own, Ray leaves one in the home folder that every user of the machine can read.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            # Fewer idle processes: nothing here needs the dashboard of a cluster that lives for one command.
+            options |= {"address": "local", "include_dashboard": False}
+            options |= {"num_cpus": num_cpus, "_temp_dir": leftovers.enter_context(_private_ray_folder())}
+        leftovers.callback(ray.shutdown)
+        ray.init(**options)
+        ended = threading.Event()
+        leftovers.callback(ended.set)
+        threading.Thread(
+            target=_leave_with_node, args=(ray.get_runtime_context().get_node_id(), ended), daemon=True
+        ).start()
+        try:
+            yield
+        except LocalRayletDiedError:
+            sys.stderr.write(NODE_LOST)
+            raise SystemExit(NODE_LOST_STATUS) from None
 
 
 def _leave_with_node(node_id: str, ended: threading.Event) -> None:
@@ -105,9 +113,23 @@ def _leave(ended: threading.Event) -> None:
         os._exit(NODE_LOST_STATUS)
 
 
-def _short_temporary_folder() -> str | None:
-    folder = os.path.join(tempfile.gettempdir(), "ray")  # ray wants a string
-    return folder if len(folder) <= SOCKET_PATH_LIMIT else "/tmp/ray"
+@contextmanager
+def _private_ray_folder() -> Iterator[str]:
+    """Give Ray a folder below one that only its owner can enter: Ray lets everybody write to its own and to all in it.
+
+    Both are gone after the block. A process that is killed leaves them behind.
+    """
+    base = tempfile.gettempdir()
+    fits = len(os.fsencode(base)) + PRIVATE_FOLDER_BYTES <= SOCKET_PATH_LIMIT
+    folder = tempfile.mkdtemp(prefix="lbp-", dir=base if fits else "/tmp")
+    try:
+        yield os.path.join(folder, "ray")  # ray wants a string
+    finally:
+        for _ in range(REMOVALS):  # a process that is just ending may still write
+            shutil.rmtree(folder, ignore_errors=True)
+            if not os.path.exists(folder):
+                break
+            time.sleep(REMOVAL_PAUSE_S)
 
 
 def in_ray_job() -> bool:

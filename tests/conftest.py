@@ -13,6 +13,18 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
+LONGEST = ("cohort_seeds", "kill", "hosts", "slurm", "segment_run", "presets", "river")
+"""Files that several processes begin with, so that none of them is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     import torch

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import copy
-import inspect
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -18,6 +21,7 @@ from unittest.mock import Mock
 import click
 import jsonschema
 import pytest
+import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts import scripts
@@ -162,6 +166,72 @@ def test_an_unsafe_token_is_refused_and_not_shown(file, variables, words, tmp_pa
     with pytest.raises(TokenError, match=words) as refused:
         has_token(token_home(tmp_path, **file) | variables)
     assert SECRET not in str(refused.value)
+
+
+class Listener(BaseHTTPRequestHandler):
+    """Keeps what it is asked, with which token, and which processes have that token among their arguments."""
+
+    def do_GET(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        self.server.seen.append((self.path, self.headers.get("Authorization")))
+        self.server.told.append(body + b"".join(arguments_with(SECRET)))
+        answer = self.server.answers.get(self.path)
+        self.send_response(self.server.status if answer is None else 200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+def arguments_with(secret):
+    """Return the arguments of every process of this machine that was given a secret."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if secret.encode() in (arguments := file.read_bytes()):
+                yield arguments
+
+
+@contextmanager
+def listening(status, answers=None):
+    """Serve on this machine, with one status but where an answer is given; yield the address and what was seen."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        server.status, server.answers, server.seen, server.told = status, answers or {}, [], []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield SimpleNamespace(address=f"127.0.0.1:{server.server_port}", seen=server.seen, told=server.told)
+        server.shutdown()
+
+
+def job(tmp_path, *words, **variables):
+    """Run ``python -m cluster job`` in a shell without a proxy but what is given; return its status and its error."""
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    own = {name: value for name, value in kept.items() if not name.startswith("RAY_")} | token_home(tmp_path)
+    command = [sys.executable, "-m", "cluster", "job", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=own | variables, capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("spared", [{}, {"NO_PROXY": "elsewhere"}], ids=["unset", "others"])
+def test_no_proxy_gets_the_token_of_a_cluster_that_is_here_or_behind_a_tunnel(spared, tmp_path):
+    with listening(403) as proxy, listening(401) as cluster:
+        given = {"http_proxy": f"http://{proxy.address}", "RAY_API_SERVER_ADDRESS": f"http://{cluster.address}"}
+        status, said = job(tmp_path, "--follow", "lbp-1", **given, **spared)
+    assert (status, cluster.seen[0][1]) == (2, f"Bearer {SECRET}")
+    assert proxy.seen == []
+    assert said.startswith("error: the cluster refused the token")
+
+
+def test_proxy_that_answers_for_the_cluster_is_named(tmp_path):
+    with listening(403) as proxy:
+        given = {"http_proxy": f"http://{proxy.address}", "RAY_API_SERVER_ADDRESS": "http://cluster.invalid:8265"}
+        status, said = job(tmp_path, "--follow", "lbp-1", **given)
+    assert status == 2
+    assert [path for path, _ in proxy.seen] == ["http://cluster.invalid:8265/api/version"]
+    assert said.startswith("error: http_proxy is set: a proxy gets what is meant for cluster.invalid")
+    assert "export no_proxy=cluster.invalid" in said
+    assert SECRET not in said
 
 
 def test_too_large_an_upload_is_refused_with_its_cause(tmp_path, monkeypatch):
@@ -332,14 +402,25 @@ def test_hosts_start_ray_with_a_token_and_a_closed_dashboard():
         assert "RAY_AUTH_MODE=token" in command
         words = shlex.split(command.partition("ray start")[2])
         assert {word.partition("=")[0] for word in words} <= ray_start_options()
+        assert "--temp-dir=$(mktemp -d /tmp/ray-XXXX)/ray" in words  # only its owner can enter what mktemp makes
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][1]
     assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
 
 
-def test_no_token_is_ever_an_argument():
-    from cluster.ray import command
-
-    assert "token" not in re.findall(r'add_argument\("--([a-z-]+)"', inspect.getsource(command))
+def test_no_token_is_ever_an_argument(tmp_path):
+    """Neither of a process here, at any request of a submission, nor in what the cluster is told to run."""
+    (tmp_path / ".rayignore").write_text(".ray\n")
+    command = ("python", "-c", "1")
+    name = f"{read_submission(command, package.code_hash(tmp_path), None).identity}-1"
+    answers = {"/api/version": {"ray_version": ray.__version__, "version": "4"}}
+    package_path = f"/api/packages/gcs/_ray_pkg_{package.code_hash(tmp_path)}.zip"
+    answers |= {"/api/jobs/": [], package_path: {}}
+    with listening(404, answers) as cluster:
+        given = {"RAY_API_SERVER_ADDRESS": f"http://{cluster.address}"}
+        job(tmp_path, "--no-wait", "--", *command, **given)
+    assert {token for _, token in cluster.seen} == {f"Bearer {SECRET}"}
+    assert SECRET not in b"".join(cluster.told).decode()
+    assert [json.loads(told)["submission_id"] for told in cluster.told if told] == [name]
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl, which needs no cluster for this")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import os
+import platform
 import re
+import resource
 import shlex
 import shutil
 import socket
@@ -23,7 +25,7 @@ from cluster.doctor import command
 from cluster.doctor.facts import Ask, GpuFacts, Offer, Survey, TempFacts, WeightsFacts
 from cluster.doctor.gather import IMAGENET_FILE, busy, gather, slurm_offer, token_facts, unreadable, weights_facts
 from cluster.doctor.lines import lines_of, read_lines
-from cluster.doctor.machine import cgroup
+from cluster.doctor.machine import cgroup, vectors
 from cluster.doctor.network import meet
 from cluster.doctor.nodes import departed, node_names, step_command
 from cluster.doctor.probe import collect, leave_token, probe_folder, visit
@@ -148,6 +150,36 @@ def test_models_of_gpu_are_compared(healthy):
     assert ("warning", "GPU models", ("A100", "H100")) in judged(survey_of(*nodes))
 
 
+@pytest.mark.parametrize(("gpus", "matters"), [(None, True), (0.0, True), (0.5, False)])
+def test_vector_instructions_are_compared_where_trials_run_on_cpus(healthy, gpus, matters):
+    nodes = [
+        changed(healthy, name, machine__vectors=name.upper(), gpus=GpuFacts(driver=("A100",), usable=1))
+        for name in ("avx2", "avx512")
+    ]
+    found = judged(survey_of(*nodes, trial_gpus=gpus))
+    assert set(found) == ({("warning", "CPU vectors", ("avx2", "avx512"))} if matters else set())
+    assert all("AVX2 on avx2; AVX512 on avx512" in finding.found for finding in found.values())
+
+
+def test_vector_instructions_are_named_as_trials_record_them(healthy):
+    from lbp_ray.trial import environment
+
+    assert healthy.machine.vectors in (environment("cpu")["device"], None)
+    assert (platform.machine() == "x86_64") == (healthy.machine.vectors is not None)
+
+
+X86 = "processor : 0\nflags\t\t: fpu sse2 {}\nprocessor : 1\n"
+LARGE = "avx avx2 fma avx512f avx512dq avx512bw avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [(LARGE, "AVX512"), (LARGE.replace("vl", "cd"), "AVX2"), ("avx2 fma", "AVX2"), ("avx", "DEFAULT"), (None, None)],
+)
+def test_vector_instructions_of_a_processor(flags, name):
+    assert vectors(X86.format(flags) if flags else "Features : fp asimd\n") == name
+
+
 def test_trial_that_no_node_holds(healthy):
     small = changed(healthy, "n2", offer=Offer(source="Ray", cpus=1))
     assert judged(survey_of(small, trial_cpus=1.0, mode="ray")) == {}
@@ -201,13 +233,18 @@ def test_busy_port_is_found(healthy):
     assert found["blocker", "ports", ("n1",)].found == f"port {port}: in use"
 
 
-def test_long_temporary_folder_is_found_before_ray_starts(healthy, tmp_path):
+@pytest.mark.parametrize("mode", ["here", "slurm"])
+def test_long_temporary_folder_is_a_blocker_only_where_there_is_no_other(healthy, tmp_path, mode):
     node = changed(healthy, "n1", temp__path=tmp_path / ("x" * 60))
-    assert "bytes too long" in judged(survey_of(node))["blocker", "temp path", ("n1",)].found
+    found = judged(survey_of(node, mode=mode))
+    assert set(found) == {("warning", "temp path", ("n1",))}
+    assert "bytes too long; Ray's files would lie in /tmp" in found["warning", "temp path", ("n1",)].found
+    closed = changed(node, "n1", temp__spare_error="Read-only file system")
+    assert "Read-only" in judged(survey_of(closed, mode=mode))["blocker", "temp path", ("n1",)].found
     assert judged(survey_of(node, mode="ray")) == {}  # it runs already
 
 
-@pytest.mark.parametrize(("length", "fits"), [(39, True), (40, False)])
+@pytest.mark.parametrize(("length", "fits"), [(25, True), (26, False)])
 def test_temporary_folder_just_fits(healthy, length, fits):
     node = changed(healthy, "n1", temp__path=Path("/" + "x" * (length - 1)))
     assert (judged(survey_of(node)) == {}) is fits
@@ -275,7 +312,8 @@ def test_proxy_before_the_dashboard_is_found(healthy, monkeypatch, exempt, varia
     monkeypatch.setenv("http_proxy", "http://user:secret@proxy:3128")
     monkeypatch.setenv("no_proxy", exempt)
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    assert command.proxied() == variable
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert command.examine(Ask(probe="p")).proxied == variable  # on this machine, from where jobs are submitted
     found = judged(survey_of(healthy, proxied=variable))
     assert len(found) == bool(variable)
     assert "secret" not in str(found)
@@ -431,7 +469,7 @@ REAL = {
     "local storage": ("blocker", "shared storage", ("n3",), "does not show the file"),
     "other version": ("blocker", "versions", ("n2",), "1.0 on n2"),
     "missing codec": ("blocker", "codecs", ("n2",), "JPEG"),
-    "long temp path": ("blocker", "temp path", ("n2",), "bytes too long"),
+    "long temp path": ("warning", "temp path", ("n2",), "bytes too long"),
     "busy port": ("blocker", "ports", ("n1", "n2", "n3"), "in use"),
     "GPUs that CUDA does not see": ("blocker", "GPUs", ("n2",), "SLURM lends 2 GPU(s)"),
     "bound to one core": ("warning", "CPUs", ("n2",), "SLURM counts 2 CPUs, but processes may use 1"),
@@ -480,24 +518,51 @@ def test_step_of_a_real_slurm_is_well_until_two_nodes_are_cut_apart(home):
         cluster.on("n2", "ip", "route", "add", "blackhole", address)
         cut = subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, check=False)
         assert os.listdir(storage) == []
-    assert (well.returncode, "2 node(s), 27 checks: 0 blocker(s)" in well.stdout) == (0, True), well
+    assert (well.returncode, "2 node(s), 28 checks: 0 blocker(s)" in well.stdout) == (0, True), well
     assert set(re.findall(r"^WARNING +(.+?) on ", well.stdout, flags=re.MULTILINE)) <= {"time service"}, well.stdout
     assert cut.returncode == 1
     assert f"BLOCKER  network on n2: no connection to n1: {address} port" in cut.stdout
 
 
-OF_THIS_MACHINE = {"CPUs", "memory", "/dev/shm", "temp", "space", "limits", "names", "clocks", "time service"}
-"""Checks of what a machine that runs tests may well be short of."""
+def lacking_here(home):
+    """Return the checks that this very machine cannot pass, each with the reason."""
+    limits = cgroup(Path("/proc/self/cgroup").read_text())
+    told = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(told[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    lacks = {
+        "CPUs": ("a control group or an affinity withholds CPUs", limits.cpus or affinity() < os.cpu_count()),
+        "memory": ("a control group limits it, or others hold it", limits.memory_bytes or free < 3 * 10**9),
+        "/dev/shm": ("containers get 64 MB", shutil.disk_usage("/dev/shm").total < total / 3),
+        "temp": ("the disk is full", used_share(tempfile.gettempdir()) > 0.95),
+        "space": ("the disk is full", shutil.disk_usage(home).free < 5 * 10**9),
+        "limits": ("few open files or processes", min(limit_of("NOFILE"), limit_of("NPROC")) < 4096),
+    }
+    return {check: reason for check, (reason, is_so) in lacks.items() if is_so}
+
+
+def affinity():
+    return len(os.sched_getaffinity(0))
+
+
+def used_share(folder):
+    usage = shutil.disk_usage(folder)
+    return 1 - usage.free / usage.total
+
+
+def limit_of(name):
+    """Return a hard limit; none counts as a large one."""
+    limit = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1]
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
 
 
 @pytest.mark.ray
 def test_healthy_ray_cluster_gives_no_finding(home, capsys):
     doctor("--on", "ray", "--storage", str(home))
     printed = capsys.readouterr().out
-    assert "1 node(s), 27 checks: " in printed
+    assert "1 node(s), 28 checks: " in printed
     assert "(Ray: " in printed
-    found = re.findall(r"^(?:BLOCKER|WARNING) +(.+?) on ", printed, flags=re.MULTILINE)
-    assert set(found) <= OF_THIS_MACHINE, printed
+    found = re.findall(r"^(?:BLOCKER|WARNING)  (.+?)(?: on \S+)?: ", printed, flags=re.MULTILINE)
+    assert set(found) <= set(lacking_here(home)), printed
     assert ("nothing found" in printed) == (not found)
     assert not list(home.glob(".doctor-*"))
 
@@ -513,6 +578,12 @@ def test_blockers_are_printed_with_cause_and_fix(home, capsys, monkeypatch):
         printed.count("  cause: ") == printed.count("  fix:   ") == printed.count("BLOCKER") + printed.count("WARNING")
     )
     assert IMAGENET_FILE in printed
+
+
+def test_ports_are_looked_at_where_they_are_asked_for_alone():
+    """A study on this machine starts its Ray on free ports."""
+    assert command.plan("here", None, storage=[], ports=[]).ports == ()
+    assert command.plan("here", None, storage=[], ports=[6379, 8265]).ports == (6379, 8265)
 
 
 def test_absent_storage_is_a_blocker(home, capsys):

@@ -1,6 +1,8 @@
 import os
+import tempfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,10 +117,37 @@ def test_folders_without_one_exam_are_refused(tmp_path, series, message):
         convert_exam(tmp_path / "dicom")
 
 
-@pytest.mark.parametrize(("length", "short"), [(43, True), (44, False)])
-def test_sockets_of_a_cluster_fit_where_its_folder_lies(monkeypatch, length, short):
+@pytest.mark.parametrize(("length", "fits"), [(26, True), (27, False)])
+def test_sockets_of_a_cluster_fit_where_its_folder_lies(monkeypatch, length, fits):
     """Ray's longest socket path is 64 bytes longer than its folder, and Linux takes 107."""
-    from preprocess.job import _short_temporary_folder
+    from preprocess.job import _private_ray_folder
 
-    monkeypatch.setattr("tempfile.tempdir", "/" + "t" * (length - len("/" + "/ray")))
-    assert (_short_temporary_folder() != "/tmp/ray") == short
+    with tempfile.TemporaryDirectory(prefix="t" * (length - len("/tmp/12345678")), dir="/tmp") as base:
+        monkeypatch.setattr("tempfile.tempdir", base)
+        with _private_ray_folder() as folder:
+            assert len(folder) <= 107 - 64
+            assert folder.startswith(f"{base}/") == fits
+
+
+def test_folder_of_a_cluster_is_closed_to_others_and_gone_after_an_error(monkeypatch):
+    from preprocess import job
+
+    given = []
+
+    def init(_temp_dir, **_):
+        (Path(_temp_dir) / "session").mkdir(parents=True)
+        Path(_temp_dir).chmod(0o777)  # as Ray does
+        given.append(Path(_temp_dir))
+        raise OSError("no room")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(job, "ray", SimpleNamespace(is_initialized=bool, init=init, shutdown=lambda: entered(given[0])))
+    with pytest.raises(OSError, match="no room"), job.connect():
+        pass
+    assert not given[0].parent.exists()
+
+
+def entered(folder):
+    """Look at Ray's folder as its processes end: it must still be there, and closed."""
+    assert folder.is_dir()
+    assert folder.parent.stat().st_mode & 0o777 == 0o700

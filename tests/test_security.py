@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,71 @@ def test_ray_that_a_command_starts_refuses_who_has_no_token(tmp_path):
         ]
         process.communicate("end\n", timeout=60)
     assert [bool(answer.returncode) for answer in done] == [True, True, False], done
+
+
+ENDS_BADLY = """
+import ray
+from preprocess.job import connect
+with connect(1):
+    print(ray.get_runtime_context().get_temp_dir(), flush=True)
+    input()
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.ray
+def test_files_of_a_ray_that_a_command_starts_are_closed_to_others_and_gone_after():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with subprocess.Popen([sys.executable, "-c", ENDS_BADLY], cwd=ROOT, env=own, **pipes) as process:
+        folder = Path(process.stdout.readline().strip())
+        assert list(folder.glob("session_2*/sockets/raylet*"))
+        assert folder.parent.stat().st_mode & 0o777 == 0o700
+        process.communicate("end\n", timeout=60)
+    assert process.returncode == 3
+    assert not folder.parent.exists()
+
+
+FAKE_RAY = """#!/bin/sh
+[ "$1" = start ] || exit 0
+for word in "$@"; do case "$word" in --temp-dir=*) folder=${word#--temp-dir=};; esac; done
+mkdir -p "$folder" && chmod 777 "$folder"
+echo "folder $folder"
+exec sleep 300
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["asked", "killed"])
+def test_files_of_make_head_are_closed_to_others_and_gone_after(tmp_path, number):
+    fake = tmp_path / "venv" / "bin" / "ray"
+    fake.parent.mkdir(parents=True)
+    fake.write_text(FAKE_RAY)
+    fake.chmod(0o700)
+    command = ["make", "--no-print-directory", "-o", f"{tmp_path}/venv/.installed", "head", f"VENV={tmp_path}/venv"]
+    own = {**os.environ, "HOME": str(tmp_path)}
+    with subprocess.Popen(command, cwd=ROOT, env=own, stdout=subprocess.PIPE, text=True) as process:
+        folder = next(Path(line.split()[1]) for line in process.stdout if line.startswith("folder "))
+        (head,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        mode = folder.parent.stat().st_mode & 0o777
+        os.kill(process.pid if number == signal.SIGTERM else int(head), number)
+        process.communicate(timeout=30)
+    assert mode == 0o700
+    end = time.monotonic() + 10
+    while folder.parent.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not folder.parent.exists()
+
+
+def test_a_folder_that_is_named_for_the_head_is_kept(tmp_path):
+    words = [
+        "make",
+        "--dry-run",
+        "-o",
+        f"{tmp_path}/.installed",
+        "head",
+        f"VENV={tmp_path}",
+        "HEAD_FOLDER=/tmp/own/ray",
+    ]
+    told = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "--temp-dir=/tmp/own/ray " in told
+    assert "rm -r" not in told

@@ -147,7 +147,7 @@ def study(cluster):
 def test_study_succeeds_and_its_report_is_fetched(cluster, study):
     assert study.status == 0, study.output[-3000:]
     assert "4 GPU(s) stay idle; auto would use them" in study.output
-    assert "cells with a committed trial: 4 of 4" in study.output
+    assert "| 4 done, 0 failed" in study.output
     fetched = cluster.root / "fetched" / "report.html"
     assert fetched.read_bytes() == (result_folder(cluster.root) / "report" / "report.html").read_bytes()
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -270,6 +271,37 @@ def test_step_has_the_memory_of_its_own_component():
     assert not second.keys() & {"SLURM_MEM_PER_NODE", "SLURM_GPUS_PER_NODE"}
 
 
+def place_in_an_image(port, head="127.0.0.1"):
+    return allocation.Place(
+        allocation=SimpleNamespace(job_id=5, nodes=NODES_OF_TWO),
+        gpus=(2, 2),
+        head=head,
+        ports=(port,),
+        container=Path("/images/lbp.sif"),
+        token=Path("/local/lbp-5.b/token"),
+    )
+
+
+def test_command_in_an_image_sees_the_sockets_of_ray_on_its_node(monkeypatch):
+    started = []
+    monkeypatch.setattr(allocation.subprocess, "Popen", lambda words, **_: started.append(words))
+    place = place_in_an_image(1)
+    place.run(["python"])
+    (words,) = started
+    assert {"--bind=/local/lbp-5.b", "--bind=/local/lbp-5.0"} <= set(words[: words.index("/images/lbp.sif")])
+
+
+def test_command_in_an_image_waits_for_the_folder_that_it_shall_see():
+    quiet = SimpleNamespace(reason=None)
+    with subprocess.Popen(["sleep", "60"]) as head, node.socket.create_server(("127.0.0.1", 0)) as ray:
+        place = place_in_an_image(ray.getsockname()[1])
+        assert allocation.wait_for_head(head, place, quiet)
+        ray.close()
+        assert not allocation.wait_for_head(head, place, SimpleNamespace(reason="cancelled"))
+        threading.Timer(1, head.kill).start()
+        assert not allocation.wait_for_head(head, place, quiet)
+
+
 def test_array_index_is_filled_in():
     assert allocation.filled(["seeds=[{array}]", "{a: 1}"], "3") == ["seeds=[3]", "{a: 1}"]
     assert allocation.filled(["seeds=[{array}]"], None) == ["seeds=[{array}]"]
@@ -343,12 +375,46 @@ def test_step_ends_when_the_batch_step_lets_go(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} <= {"ray", "pid", "env"}
 
 
-def test_scancel_during_the_start_wins_over_the_time_limit(monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    signals = allocation.Signals()
-    signals._set("cancelled")
-    signals._set("time")
-    assert signals.reason == "cancelled"
+@pytest.fixture
+def _own_signals():
+    """Give the signals of this process back after the test."""
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_own_signals")
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGTERM, signal.SIGUSR1), (signal.SIGUSR1, signal.SIGTERM)], ids=["before", "after"]
+)
+def test_scancel_during_the_start_wins_over_the_time_limit(monkeypatch, numbers):
+    """Real signals reach the batch step while its nodes start: it ends without a requeue and starts no command."""
+    asked, started = [], []
+    monkeypatch.setattr(allocation, "start_node", lambda *_: subprocess.Popen(["cat"], stdin=subprocess.PIPE))
+    monkeypatch.setattr(allocation, "adopt_orphans", lambda: None)
+    monkeypatch.setattr(allocation, "requeue_command", lambda _: asked.append("requeue") or ["true"])
+    monkeypatch.setattr(allocation, "hostnames", NODES.__getitem__)
+    monkeypatch.setattr(allocation, "own_address", lambda _: "127.0.0.1")
+    monkeypatch.setattr(allocation, "end_descendants", lambda **_: None)
+
+    def start(place, command):
+        asked.append(command[:3])
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        started.append(subprocess.Popen(["sleep", "60"], start_new_session=True))
+        return started[0]
+
+    monkeypatch.setattr(allocation.Place, "run", start)
+    granted = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "o7", "SLURM_JOB_CPUS_PER_NODE": "2"}
+    for name, value in granted.items():
+        monkeypatch.setenv(name, value)
+    status = allocation.main(["--gpus=0", "--", "true"])
+    started[0].kill()
+    started[0].wait()
+    assert status == CANCELLED
+    assert asked == [["python", "-m", "cluster.slurm.gather"]]
 
 
 def test_descendants_leave_the_dead_out():

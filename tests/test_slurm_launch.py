@@ -47,7 +47,7 @@ def test_a_busy_controller_is_asked_again(monkeypatch, capsys):
 
     monkeypatch.setattr(launch, "ask", ask)
     monkeypatch.setattr(launch.time, "sleep", lambda _: None)
-    assert launch.follow("12", str) == (7, None)
+    assert launch.follow("12") == (7, None)
     assert capsys.readouterr().out.splitlines()[-1].startswith("job 12: FAILED")
 
 
@@ -58,7 +58,7 @@ def test_end_that_the_controller_forgets_is_remembered(monkeypatch):
     answers = iter([f"{task}\n{running}", running, done])
     monkeypatch.setattr(launch, "ask", lambda *_: next(answers))
     monkeypatch.setattr(launch.time, "sleep", lambda _: None)
-    assert launch.follow("12", str) == (7, None)
+    assert launch.follow("12") == (7, None)
 
 
 def test_waiting_tasks_of_an_array_are_not_waited_for_when_they_run(monkeypatch):
@@ -67,7 +67,7 @@ def test_waiting_tasks_of_an_array_are_not_waited_for_when_they_run(monkeypatch)
     answers = iter([waiting, "\n".join(tasks).replace("FAILED", "COMPLETED").replace("7:0", "0:0")])
     monkeypatch.setattr(launch, "ask", lambda *_: next(answers))
     monkeypatch.setattr(launch.time, "sleep", lambda _: None)
-    assert launch.follow("12", str) == (0, None)
+    assert launch.follow("12") == (0, None)
 
 
 ACCOUNTS = "12_0|FAILED|7:0\n12_1|COMPLETED|0:0\n14+0|CANCELLED by 1000|0:15\n14+1|CANCELLED by 1000|0:0\n"
@@ -83,7 +83,7 @@ def test_accounting_tells_of_a_job_that_the_controller_has_forgotten(monkeypatch
         return ACCOUNTS
 
     monkeypatch.setattr(launch, "ask", ask)
-    assert launch.follow("12", str) == (143, None)
+    assert launch.follow("12") == (143, None)
     assert asked == ["scontrol", "sacct"]
     assert [(record.job, record.status) for record in launch.read_accounts(ACCOUNTS)] == [
         ("12_0", 7),
@@ -92,13 +92,30 @@ def test_accounting_tells_of_a_job_that_the_controller_has_forgotten(monkeypatch
     ]
 
 
+def test_end_of_a_followed_job_that_the_controller_has_forgotten_is_accounted_for(monkeypatch, tmp_path, capsys):
+    log = tmp_path / "12.log"
+    running = RECORD.replace("FAILED", "RUNNING").replace("/shared/my study/slurm/12.log", str(log))
+
+    def ask(*words):
+        if words[0] == "sacct":
+            return "12|COMPLETED|0:0\n"
+        if log.exists():
+            raise launch.SlurmError("slurm_load_jobs error: Invalid job id specified")
+        return running
+
+    monkeypatch.setattr(launch, "ask", ask)
+    monkeypatch.setattr(launch.time, "sleep", lambda _: log.write_text("report: /shared/report.html\n"))
+    assert launch.follow("12") == (0, Path("/shared/report.html"))
+    assert "job 12: COMPLETED on n[1-2]" in capsys.readouterr().out
+
+
 def test_job_that_nobody_knows_is_an_error(monkeypatch):
     def ask(*_):
         raise launch.SlurmError("slurm_load_jobs error: Invalid job id specified")
 
     monkeypatch.setattr(launch, "ask", ask)
     with pytest.raises(launch.SlurmError, match="sacct does not know it either"):
-        launch.follow("12", str)
+        launch.follow("12")
 
 
 SBATCH = """#!/bin/sh
@@ -168,8 +185,25 @@ def test_gpus_that_no_trial_would_use_are_refused(sbatch, tmp_path, monkeypatch,
 def test_report_of_an_array_is_refused_before_it_runs(sbatch, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LBP_RAY_ROOT", str(tmp_path))
     asked = ["--array", "0-4", "--time", "60", "--fetch", str(tmp_path / "new")]
-    assert main(["slurm", *asked, "--", "true"]) == 2
+    assert main(["slurm", *asked, "--", "echo", "{array}"]) == 2
     assert "an array has several" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--time", "60", "--no-wait", "--fetch", "new", "--", "true"], "--no-wait does not wait for; give it to"),
+        (["--follow", "12", "--fetch", "."], "--fetch needs a job and a new folder: . exists"),
+        (["--time", "60", "--array", "0-4", "--", "true"], "write {array}, which stands for the index"),
+    ],
+    ids=["nobody waits", "exists", "equal tasks"],
+)
+def test_what_would_be_in_vain_is_refused_before_anything_starts(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LBP_RAY_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no SLURM here
+    assert main(["slurm", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_log_is_followed_by_whole_lines(tmp_path, capsys):
@@ -181,17 +215,6 @@ def test_log_is_followed_by_whole_lines(tmp_path, capsys):
     follower.follow(log)
     assert capsys.readouterr().out.split("\n") == ["one", "two", "three", "report: /shared/report.html", ""]
     assert follower.report == Path("/shared/report.html")
-
-
-def test_committed_trials_are_counted_by_cell(tmp_path, monkeypatch):
-    monkeypatch.setenv("LBP_RAY_ROOT", str(tmp_path))
-    monkeypatch.chdir(Path(__file__).parents[1])
-    words = ["python", "-m", "lbp_ray.tune", "--config", "configs/demo.yaml", "seeds=[0]", "name=mine"]
-    count = launch.committed_trials(words)
-    for name in ("k1-fold00-seed0-aa", "k1-fold00-seed0-bb", "k3-fold02-seed0-cc", ".partial-k1"):
-        (tmp_path / "runs" / "mine" / "trials" / name).mkdir(parents=True)
-    assert count() == "cells with a committed trial: 2 of 6"
-    assert launch.committed_trials(["true"])() == ""
 
 
 def test_report_is_not_copied_over_anything(tmp_path):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from cluster.doctor import differ, reach, room, safety
 from cluster.doctor.facts import Ask, Mode, Survey
@@ -16,6 +14,7 @@ from cluster.doctor.nodes import Answers, ask_here, ask_ray, ask_slurm
 from cluster.doctor.probe import collect, existing, leave_token
 from cluster.doctor.render import render
 from cluster.doctor.upload import measure_upload
+from cluster.ray.proxy import proxy_of_job_server
 from lbp_ray.config import load_config
 from lbp_ray.study import StudyConfig
 from preprocess.job import in_ray_job
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 
 JUDGES = (*differ.JUDGES, *reach.JUDGES, *room.JUDGES, *safety.JUDGES)
 """Every check, in the order in which findings are shown."""
-
-HEAD_PORTS = (6379, 8265)
-"""What ``make head`` takes: the cluster's own and the dashboard's."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--storage", type=Path, action="append", default=[], metavar="FOLDER", help="shared folder to try out as well"
     )
     parser.add_argument(
-        "--port", type=int, action="append", default=[], metavar="N", help="port that must be free on every node"
+        "--port",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="port that must be free on every node (make head: 6379, 8265)",
     )
     parser.add_argument(
         "--srun", action="append", default=[], metavar="OPTION", help="for srun, e.g. --srun=--nodes=2; may be repeated"
@@ -96,7 +97,7 @@ def plan(mode: Mode, config: StudyConfig | None, *, storage: Sequence[Path], por
         probe=secrets.token_hex(8),
         storage=tuple(dict.fromkeys(folder for folder in written.values() if folder)),
         absent=tuple(str(path) for path, folder in written.items() if folder is None),
-        ports=tuple(ports) or (HEAD_PORTS if mode == "here" else ()),
+        ports=tuple(ports),  # a study starts Ray on free ones
     )
     return ask if config is None else ask.model_copy(update=_study(config))
 
@@ -128,7 +129,7 @@ def examine(ask: Ask, srun: Sequence[str] = (), container: Path | None = None) -
         storage_errors=errors,
         echoes=echoes,
         upload=measure_upload(Path.cwd()) if submits else None,
-        proxied=proxied() if ask.mode == "ray" else "",
+        proxied=proxied() if ask.mode != "slurm" else "",
     )
 
 
@@ -140,12 +141,8 @@ def _answers(ask: Ask, srun: Sequence[str], container: Path | None) -> Answers:
 
 def proxied() -> str:
     """Return the variable that would send a job submission through a proxy, or nothing."""
-    address = os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
-    parts = urlsplit(address)
-    proxies = urllib.request.getproxies()
-    if parts.scheme not in proxies or urllib.request.proxy_bypass(parts.hostname or "127.0.0.1"):
-        return ""
-    return f"{parts.scheme}_proxy"
+    proxy = proxy_of_job_server()
+    return proxy.variable if proxy else ""
 
 
 def judge(survey: Survey) -> list[Finding]:

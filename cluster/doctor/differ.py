@@ -131,6 +131,22 @@ def gpu_models(survey: Survey) -> Iterator[Finding]:
         )
 
 
+def vectors(survey: Survey) -> Iterator[Finding]:
+    """Find CPUs with several kinds of vector instructions, where trials may run on CPUs."""
+    known = {node.name: node.machine.vectors for node in survey.nodes if node.machine.vectors}
+    found = camps(known)
+    if len(found) > 1 and not survey.ask.trial_gpus:
+        yield Finding(
+            "warning",
+            "CPU vectors",
+            tuple(known),
+            "; ".join(f"{name} on {named(nodes)}" for name, nodes in found),
+            "numbers of CPUs with other vector instructions differ in the last digits; their trials are not put into "
+            "one table",
+            "choose one kind of node (SLURM: --constraint), or set evaluation.allow_mixed_environments=true",
+        )
+
+
 def clocks(survey: Survey) -> Iterator[Finding]:
     """Find clocks that differ, each held against the times of the same storage."""
     for index, folder in enumerate(survey.ask.storage):
@@ -165,4 +181,4 @@ def clock_service(survey: Survey) -> Iterator[Finding]:
         )
 
 
-JUDGES = (silence, versions, packages, code, decoders, gpu_models, clocks, clock_service)
+JUDGES = (silence, versions, packages, code, decoders, gpu_models, vectors, clocks, clock_service)

@@ -95,6 +95,8 @@ class MachineFacts(FrozenModel):
     memory_available: int
     memory_limit: int | None = None
     """By cgroup."""
+    vectors: str | None = None
+    """Vector instructions that PyTorch computes with, named as it names them; None where that is not known."""
     shm_bytes: int = 0
     """Size of /dev/shm."""
     open_files: int
@@ -110,6 +112,8 @@ class TempFacts(FrozenModel):
     error: str = ""
     free_bytes: int = 0
     used_share: float = 0.0
+    spare_error: str = ""
+    """Why /tmp, which this project takes where `path` is too long for sockets, cannot be written to."""
 
 
 class TokenFacts(FrozenModel):

@@ -62,6 +62,9 @@ SYNTAXES = {
 }
 """Compressed DICOM as scanners and archives write it."""
 
+SPARE_TEMP = Path("/tmp")
+"""Where Ray's files lie instead where the machine's temporary folder is too deep for sockets."""
+
 IMAGENET_FILE = "resnet50-0676ba61.pth"
 """Torchvision's ResNet50 IMAGENET1K_V1; eight digits of its SHA-256 stand in the name."""
 
@@ -143,14 +146,22 @@ def _code_hash() -> str:
 
 def temp_facts(path: Path) -> TempFacts:
     """Return whether temporary files can be made, and the room for them."""
+    if error := _unwritable(path):
+        return TempFacts(path=path, error=error)
+    usage = shutil.disk_usage(path)
+    used = 1 - usage.free / usage.total
+    return TempFacts(path=path, free_bytes=usage.free, used_share=used, spare_error=_unwritable(SPARE_TEMP))
+
+
+def _unwritable(folder: Path) -> str:
+    """Return why no file can be made in a folder, or nothing."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path) as file:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
             file.write(b"x" * 4096)
             file.flush()
-        usage = shutil.disk_usage(path)
     except OSError as error:
-        return TempFacts(path=path, error=str(error))
-    return TempFacts(path=path, free_bytes=usage.free, used_share=1 - usage.free / usage.total)
+        return str(error)
+    return ""
 
 
 def unreadable(path: Path) -> str:

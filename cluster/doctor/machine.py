@@ -36,6 +36,10 @@ print("usable", count)
 """
 
 
+VECTORS = {"AVX512": {"avx512f", "avx512vl", "avx512bw", "avx512dq", "fma"}, "AVX2": {"avx2", "fma"}}
+"""PyTorch's names of vector instructions, the best first, and the CPU's flags that each needs (x86)."""
+
+
 class Cgroup(NamedTuple):
     """Limits that a control group sets."""
 
@@ -93,6 +97,21 @@ def _text(path: Path) -> str:
         return ""
 
 
+def vectors(cpuinfo: str) -> str | None:
+    """Return what ``torch.backends.cpu.get_cpu_capability()`` would; None on other processors than x86.
+
+    Parameters
+    ----------
+    cpuinfo
+        Content of ``/proc/cpuinfo``.
+    """
+    listed = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), None)
+    if listed is None:
+        return None
+    flags = set(listed.partition(":")[2].split())
+    return next((name for name, needed in VECTORS.items() if needed <= flags), "DEFAULT")
+
+
 def machine_facts() -> MachineFacts:
     """Return CPUs, memory and limits of this machine and process."""
     limits = cgroup(_text(Path("/proc/self/cgroup")))
@@ -105,6 +124,7 @@ def machine_facts() -> MachineFacts:
         memory_bytes=memory["MemTotal"],
         memory_available=memory["MemAvailable"],
         memory_limit=limits.memory_bytes,
+        vectors=vectors(_text(Path("/proc/cpuinfo"))),
         shm_bytes=shutil.disk_usage("/dev/shm").total if os.access("/dev/shm", os.W_OK) else 0,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         processes=resource.getrlimit(resource.RLIMIT_NPROC)[1],

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 SOCKET_PATH_BYTES = 107
 """Longest path of a Unix socket on Linux."""
 
+PRIVATE_BYTES = len("/lbp-1234567.0/ray")
+"""Ray's folder and the private one around it, below the temporary folder of the machine."""
+
 SESSION_BYTES = len("/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store")
-"""What Ray appends to its temporary folder."""
+"""What Ray appends to its folder."""
 
 MEMORY_BYTES = 2 * 10**9
 """Free memory below which Ray's own processes hardly start (its head with dashboard takes as much)."""
@@ -105,7 +108,7 @@ def temp(survey: Survey) -> Iterator[Finding]:
     """Find temporary folders that are too long for sockets, not writable, or full."""
     for node in survey.nodes:
         folder = node.temp
-        longest = len(os.path.join(folder.path, "ray").encode()) + SESSION_BYTES
+        longest = len(os.fsencode(folder.path)) + PRIVATE_BYTES + SESSION_BYTES
         if folder.error or folder.free_bytes < TEMP_BYTES:
             yield Finding(
                 "blocker",
@@ -125,13 +128,15 @@ def temp(survey: Survey) -> Iterator[Finding]:
                 f"du -xsh {folder.path}/* shows what fills it; or export TMPDIR to another disk",
             )
         if longest > SOCKET_PATH_BYTES and survey.ask.mode != "ray":
+            unwritable = folder.spare_error
             yield Finding(
-                "blocker",
+                "blocker" if unwritable else "warning",
                 "temp path",
                 (node.name,),
-                f"{folder.path} is {longest - SOCKET_PATH_BYTES} bytes too long",
+                f"{folder.path} is {longest - SOCKET_PATH_BYTES} bytes too long; Ray's files would lie in /tmp"
+                + (f": {unwritable}" if unwritable else ""),
                 f"Ray's sockets lie below it, and their paths must stay within {SOCKET_PATH_BYTES} bytes (AF_UNIX)",
-                "export TMPDIR=/tmp, or ray start --temp-dir=$(mktemp -d /tmp/ray-XXXX)",
+                "export TMPDIR to a folder with a short name on a local disk with room, or TMPDIR=/tmp",
             )
 
 

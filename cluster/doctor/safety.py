@@ -74,7 +74,8 @@ def proxy(survey: Survey) -> Iterator[Finding]:
             "proxy",
             (),
             f"{survey.proxied} is set and would take submissions to the dashboard out of the cluster",
-            "Ray's job client goes through the proxy unless no_proxy names the host; the answer is 403 or 503",
+            "Ray's job client goes through the proxy unless no_proxy names the host; the proxy sees the token, and the "
+            "answer is 403 or 503 (python -m cluster job leaves the proxy out on the way to 127.0.0.1 alone)",
             "export no_proxy=localhost,127.0.0.1,$(hostname)",
         )
 

@@ -15,6 +15,7 @@ from ray.dashboard.modules.job.utils import redact_url_password
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
+from cluster.ray.proxy import proxy_of_job_server, spare_loopback
 from cluster.ray.submission import JobError, JobRecord, Step, Submission, next_step
 from cluster.ray.token import token_file
 
@@ -46,31 +47,46 @@ def explained() -> Iterator[None]:
     except AuthenticationError as error:
         reason = str(error).strip().splitlines()[0]
         msg = (
-            f"the cluster refused the token: {reason} The head's token must lie in {token_file(os.environ)}, mode 0600 "
-            "(RAY_AUTH_TOKEN_PATH names another file)"
+            f"{_through()}the cluster refused the token: {reason} The head's token must lie in "
+            f"{token_file(os.environ)}, mode 0600 (RAY_AUTH_TOKEN_PATH names another file)"
         )
         raise JobError(msg) from None
     except BrokenPipeError:  # of our own output
         raise
     except ConnectionError as error:
         msg = (
-            f"{redact_url_password(str(error).strip())} Set RAY_API_SERVER_ADDRESS=http://HOST:8265 to the "
+            f"{_through()}{redact_url_password(str(error).strip())} Set RAY_API_SERVER_ADDRESS=http://HOST:8265 to the "
             "address of the cluster's dashboard, or of your tunnel to it (ssh -L 8265:127.0.0.1:8265 HOST)"
         )
         raise JobError(msg) from None
     except (OSError, RuntimeError, aiohttp.ClientError) as error:
-        msg = f"the job server did not do it: {redact_url_password(str(error).strip())}"
+        msg = f"{_through()}the job server did not do it: {redact_url_password(str(error).strip())}"
         raise JobError(msg) from None
+
+
+def _through() -> str:
+    """Return the words that come first where a proxy may have answered in place of the cluster; else nothing."""
+    proxy = proxy_of_job_server()
+    if proxy is None:
+        return ""
+    return (
+        f"{proxy.variable} is set: a proxy gets what is meant for {proxy.host}, the token too, and may itself have "
+        f"answered this (export no_proxy={proxy.host}, and make a new token if the proxy is not yours): "
+    )
 
 
 def connect() -> JobSubmissionClient:
     """Return a client of the cluster that ``RAY_API_SERVER_ADDRESS`` or ``RAY_ADDRESS`` names, or that runs here.
+
+    A proxy is left out on the way to this machine itself, where tunnels begin: it could not reach it, and would see
+    the token.
 
     Raises
     ------
     JobError
         If no job server answers or it refuses the token.
     """
+    spare_loopback()
     with explained():
         return JobSubmissionClient()
 

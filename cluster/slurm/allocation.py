@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cluster.slurm.container import bound_folders, container_prefix
 from cluster.slurm.grant import Allocation, GrantError, Node, read_allocation
-from cluster.slurm.node import POLL_S, kept_private, private_folder, ray_environment
+from cluster.slurm.node import HEAD_WAIT_S, POLL_S, kept_private, private_folder, ray_environment
 from cluster.slurm.processes import adopt_orphans, end_descendants
 
 if TYPE_CHECKING:
@@ -224,19 +224,30 @@ class Place:
         """Environment of the command, which makes it join this Ray."""
         return ray_environment(os.environ, self.token) | {"RAY_ADDRESS": f"{self.head}:{self.ports[0]}"}
 
+    @property
+    def ray_folder(self) -> Path:
+        """Private folder of Ray on this node, with the sockets through which the command talks to it."""
+        return self.token.parent.with_name(folder_name(self.allocation.job_id, 0))
+
     def run(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start a command beside Ray."""
-        prefix = container_prefix(self.container, [*bound_folders(os.environ), self.token.parent], gpus=self.gpus[0])
+        folders = [*bound_folders(os.environ), self.token.parent, self.ray_folder]
+        prefix = container_prefix(self.container, folders, gpus=self.gpus[0])
         return subprocess.Popen(
             [*prefix, *command], env=self.environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
+
+
+def folder_name(job_id: int, step: int | str) -> str:
+    """Return the name of the temporary folder of a node's step, or of the batch step (``b``)."""
+    return f"lbp-{job_id}.{step}"
 
 
 def start_node(place: Place, index: int, token: str) -> subprocess.Popen[bytes]:
     """Start Ray on one node, the head if `index` is 0; it runs until its standard input ends."""
     node = place.allocation.nodes[index]
     # A name per node: somebody's TMPDIR may lie on storage that the nodes share.
-    arguments = [f"--folder-name=lbp-{place.allocation.job_id}.{index}", f"--head={place.head}"]
+    arguments = [f"--folder-name={folder_name(place.allocation.job_id, index)}", f"--head={place.head}"]
     arguments.append(f"--gpus={place.gpus[index]}")
     arguments += ["--ports", *(str(port) for port in place.ports)]
     if index == 0:
@@ -294,6 +305,16 @@ def wait_for(
     return status
 
 
+def wait_for_head(head: subprocess.Popen[bytes], place: Place, signals: Signals) -> bool:
+    """Return whether the head's Ray listens before it ends, time is up or a signal tells the job to stop."""
+    end = time.monotonic() + HEAD_WAIT_S
+    while head.poll() is None and signals.reason is None and time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection((place.head, place.ports[0]), timeout=2):
+            return True
+        time.sleep(POLL_S)
+    return False
+
+
 def stop(process: subprocess.Popen[bytes], grace_s: float) -> int:
     """Ask a process group to end, kill it after `grace_s` seconds, and return its exit status."""
     for number, limit_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s)):
@@ -313,6 +334,10 @@ def say(message: str) -> None:
 def run(place: Place, token: str, command: Sequence[str], signals: Signals) -> int | None:
     """Start Ray, run the command and return its exit status; None if it did not run to its end."""
     with ray_on_nodes(place, token, signals) as steps:
+        # An image sees of Ray's folder what is there when it starts.
+        if place.container is not None and not wait_for_head(steps[0], place, signals):
+            say(f"Ray does not answer on {place.allocation.nodes[0].name}; its own lines stand above")
+            return None
         expected = ",".join(str(number) for number in place.gpus)
         gathering = place.run(["python", "-m", "cluster.slurm.gather", expected])
         if wait_for(gathering, steps, place, signals, needed=len(steps)) != 0:
@@ -375,7 +400,7 @@ def main(arguments: list[str] | None = None) -> int:
         gpus = tuple(int(number) for number in parsed.gpus.split(","))
         token = secrets.token_hex(32)
         command = filled(parsed.command, os.environ.get("SLURM_ARRAY_TASK_ID"))
-        with kept_private(private_folder(f"lbp-{allocation.job_id}.b"), token) as file:
+        with kept_private(private_folder(folder_name(allocation.job_id, "b")), token) as file:
             head, ports = own_address(allocation.nodes), choose_ports(allocation.job_id, is_free)
             place = Place(allocation, gpus, head, ports, container=parsed.container, token=file)
             status = run(place, token, command, signals)

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from cluster.slurm.launch import (
     SlurmError,
     ask,
-    committed_trials,
     fetch,
     follow,
     read_study,
@@ -62,9 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the job's text and submit nothing")
     what.add_argument("--no-wait", action="store_true", help="submit and return")
-    what.add_argument(
-        "--follow", metavar="JOB", help="follow a job submitted before; its command after -- counts trials"
-    )
+    what.add_argument("--follow", metavar="JOB", help="follow a job submitted before")
     what.add_argument("--cancel", metavar="JOB", help="cancel a job")
 
 
@@ -150,15 +147,13 @@ def run(parsed: argparse.Namespace) -> int:
         ask("scancel", parsed.cancel)
         return 0
     if parsed.follow:
+        refuse_useless_fetch(parsed)
         return watch(parsed.follow, parsed)
     spec = read_spec(parsed, os.environ.get("LBP_RAY_ROOT"))
     if parsed.dry_run:
         sys.stdout.write(render(spec))
         return 0
-    if parsed.fetch and (parsed.fetch.exists() or spec.array):
-        why = "one job has one report, an array has several" if spec.array else f"{parsed.fetch} exists"
-        msg = f"--fetch needs a job and a new folder: {why}"
-        raise SlurmError(msg)
+    refuse_useless_fetch(parsed)
     study = read_study(spec.command)  # a configuration that cannot be read is found here, not after hours in a queue
     if study is not None:
         refuse_idle_gpus(spec, study)
@@ -168,10 +163,29 @@ def run(parsed: argparse.Namespace) -> int:
     return 0 if parsed.no_wait else watch(job, parsed)
 
 
+def refuse_useless_fetch(parsed: argparse.Namespace) -> None:
+    """Refuse a report that could not be copied at the end, before hours are waited for it.
+
+    Raises
+    ------
+    SlurmError
+        Naming the reason.
+    """
+    if parsed.fetch is None:
+        return
+    if parsed.no_wait:
+        msg = "--fetch copies the report when the job has ended, which --no-wait does not wait for; give it to --follow"
+        raise SlurmError(msg)
+    if parsed.array or parsed.fetch.exists():
+        why = "one job has one report, an array has several" if parsed.array else f"{parsed.fetch} exists"
+        msg = f"--fetch needs a job and a new folder: {why}"
+        raise SlurmError(msg)
+
+
 def watch(job: str, parsed: argparse.Namespace) -> int:
     """Follow a job, fetch its report if asked, and return its exit status; Ctrl-C leaves it running."""
     try:
-        status, report = follow(job, committed_trials(parsed.command))
+        status, report = follow(job)
     except KeyboardInterrupt:
         sys.stdout.write(
             f"\njob {job} goes on; python -m cluster slurm --follow {job} shows it again, --cancel {job} ends it\n"

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from cluster.slurm.spec import SlurmSpec
     from lbp_ray.study import StudyConfig
@@ -140,7 +140,7 @@ def look_up(job: str, known: Mapping[str, JobRecord]) -> list[JobRecord]:
     job
         Number of the job, or of an array of them.
     known
-        What was known of it before; the accounting is asked of a job that nothing is known of.
+        What was known of it before: the accounting tells of its end, but not where its log lies.
 
     Raises
     ------
@@ -150,7 +150,7 @@ def look_up(job: str, known: Mapping[str, JobRecord]) -> list[JobRecord]:
     try:
         return read_records(ask("scontrol", "show", "job", job, "--oneliner"))
     except SlurmError as error:
-        if known or "Invalid job id" not in str(error):
+        if "Invalid job id" not in str(error):
             raise
         try:
             records = read_accounts(ask("sacct", "-X", "-P", "-n", "-o", "JobID,State,ExitCode", "-j", job))
@@ -159,7 +159,13 @@ def look_up(job: str, known: Mapping[str, JobRecord]) -> list[JobRecord]:
         if not records:
             msg = f"{error}; the controller forgets jobs minutes after their end, and sacct does not know it either"
             raise SlurmError(msg) from error
-        return records
+        return [_on_what_was_known(record, known.get(record.job)) for record in records]
+
+
+def _on_what_was_known(record: JobRecord, earlier: JobRecord | None) -> JobRecord:
+    if earlier is None:
+        return record
+    return replace(earlier, state=record.state, exit_status=record.exit_status, reason=record.reason)
 
 
 def describe(record: JobRecord) -> str:
@@ -235,15 +241,13 @@ class LogFollower:
                 sys.stdout.write(f"{line}\n")
 
 
-def follow(job: str, committed: Callable[[], str]) -> tuple[int, Path | None]:
-    """Print a job's log, state and committed trials until it has ended.
+def follow(job: str) -> tuple[int, Path | None]:
+    """Print a job's log and state until it has ended.
 
     Parameters
     ----------
     job
         Number of the job, or of an array of them.
-    committed
-        Says how many trials are committed; an empty string where that cannot be known.
 
     Returns
     -------
@@ -266,7 +270,7 @@ def follow(job: str, committed: Callable[[], str]) -> tuple[int, Path | None]:
         ended = all(record.state in ENDED for record in records)
         for record in records if len(records) == 1 else ():
             log.follow(record.log)
-        line = "\n".join([*map(describe, records), committed()]).strip()
+        line = "\n".join(map(describe, records))
         if line != shown:
             sys.stdout.write(f"{line}\n")
             sys.stdout.flush()
@@ -332,24 +336,3 @@ def refuse_idle_gpus(spec: SlurmSpec, study: StudyConfig) -> None:
             "compute.gpus_per_trial=auto to the command, or compute.gpus_per_trial=0 to have it so"
         )
         raise SlurmError(msg)
-
-
-def committed_trials(command: Sequence[str]) -> Callable[[], str]:
-    """Return what counts the committed trials of the study that a command runs, if it runs one."""
-    study = read_study(command)
-    if study is None:
-        return str
-    from lbp_ray.runs import RunPaths
-
-    folder = RunPaths(study.paths.runs, study.name).trials
-    total = len(study.slice_counts) * study.split.folds * len(study.seeds)
-
-    def count() -> str:
-        return f"cells with a committed trial: {len({cell_of(path) for path in folder.glob('k*')})} of {total}"
-
-    return count
-
-
-def cell_of(trial: Path) -> str:
-    """Return the cell's name in the name of a committed trial."""
-    return trial.name.rpartition("-")[0]

@@ -131,6 +131,12 @@ class SlurmSpec(FrozenModel):
         if self.array and len(self.groups) > 1:
             msg = "an array of heterogeneous jobs is not possible in SLURM; give either array or one group of nodes"
             raise ValueError(msg)
+        if self.array and not any("{array}" in word for word in self.command):
+            msg = (
+                f"array {self.array} would start the same command several times, in one folder; write {{array}}, which "
+                "stands for the index of a task, where the tasks differ, such as seeds=[{array}] name=study{array}"
+            )
+            raise ValueError(msg)
         if 0 < seconds_of(self.time) <= self.stop_before_s + EARLY_S:
             msg = (
                 f"a limit of {self.time} ends before the study can start: it is stopped {self.stop_before_s} s before "
