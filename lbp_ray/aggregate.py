@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from lbp_ray.study import Level, StudyConfig
     from lbp_ray.summaries import Judged
 
-RESULT_VERSION = 5
+RESULT_VERSION = 6
 """Raised by hand when the same trials give other figures; part of a result's address."""
 
 

@@ -25,6 +25,7 @@ from lbp_ray.intervals import resampled_interval, wilson_interval
 from lbp_ray.out_of_fold import seed_means, with_study_scores
 from lbp_ray.predict import Predictor, slice_probabilities
 from lbp_ray.prepare import read_questionnaire
+from lbp_ray.report.optimism import own_groups_notice
 from lbp_ray.result import ExcludedByCount, ExcludedScores, GroupScores, Interval
 from lbp_ray.roi.crops import Crops
 
@@ -234,6 +235,7 @@ def describe(scores: ExcludedScores) -> str:
     lines += [
         f"{' and '.join(sorted(LABELS))}: out of fold, mean over seeds, at the threshold of their fold; the other "
         f"groups: mean of {scores.num_models} fold networks, none of which met the subject.",
+        *own_groups_notice(scores),
         f"left out: {left_out or 'none'}",
     ]
     return "\n".join(lines)

@@ -48,6 +48,8 @@ class Areas:
     covariance_KK: np.ndarray
     smaller_class: int
     """Patients of the class that has fewer."""
+    inflation: float
+    """Factor that the covariance was multiplied by."""
 
 
 class Difference(NamedTuple):
@@ -124,7 +126,7 @@ def compare_areas(
     second = _correction(patient_S[~positive]) * other_KC @ other_KC.T
     both = _correction(patient_S) * sums_KC @ other_KC.T
     smaller = min(len(np.unique(patient_S[chosen])) for chosen in (positive, ~positive))
-    return Areas(areas_K, inflation * (first + second + both + both.T), smaller)
+    return Areas(areas_K, inflation * (first + second + both + both.T), smaller, inflation)
 
 
 def _placements(scores_P: np.ndarray, scores_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +163,8 @@ def area_interval(areas: Areas, row: int, *, level: float) -> tuple[float, float
     Nothing is known of a class of one patient: the interval is 0 to 1. An area that does not vary is not known for
     certain: perfect or constant scores have no variance. Its interval is then that of a share of the patients of the
     smaller class, by Clopper and Pearson, which errs on the wide side: the low end of the area rounded down to whole
-    patients, the high end of the area rounded up.
+    patients, the high end of the area rounded up. Without a variance to inflate, the patients are divided by the
+    inflation, and rounded down.
 
     References
     ----------
@@ -173,7 +176,7 @@ def area_interval(areas: Areas, row: int, *, level: float) -> tuple[float, float
     area = float(areas.areas_K[row])
     spread = _deviation(areas.covariance_KK[row, row])
     if spread <= NO_SPREAD:
-        return _share_interval(area, areas.smaller_class, level=level)
+        return _share_interval(area, int(areas.smaller_class / areas.inflation), level=level)
     half = norm.ppf((1 + level) / 2) * spread / (area * (1 - area))
     logit = np.log(area / (1 - area))
     low, high = 1 / (1 + np.exp(-(logit - half))), 1 / (1 + np.exp(-(logit + half)))
@@ -186,10 +189,16 @@ def delong_interval(
     """Return the interval of one set of scores' area, as `compare_areas` and `area_interval` make it."""
     areas = compare_areas(labels_S, scores_S[None], patients_S, inflation=inflation)
     low, high = area_interval(areas, 0, level=level)
-    method = f"DeLong over patients, on the logit scale{WIDENED if inflation > 1 else ''}"
+    return Interval(low=low, high=high, level=level, method=_area_method(areas, 0))
+
+
+def _area_method(areas: Areas, row: int) -> str:
+    """Name what `area_interval` does."""
     if areas.smaller_class < FEWEST:
-        method = "one patient in a class: unknown"
-    return Interval(low=low, high=high, level=level, method=method)
+        return "one patient in a class: unknown"
+    varies = _deviation(areas.covariance_KK[row, row]) > NO_SPREAD
+    how = "DeLong over patients, on the logit scale" if varies else "Clopper-Pearson over patients of the smaller class"
+    return f"{how}{WIDENED if areas.inflation > 1 else ''}"
 
 
 def _deviation(variance: float) -> float:

@@ -30,8 +30,14 @@ if TYPE_CHECKING:
 SCORED_AT_ONCE = 8192
 """Slices whose features are in memory while held-out studies are scored."""
 
-PROTOCOLS = (("fixed_epochs", "cross_fitted"), ("fixed_epochs", "same_fold"), ("same_fold", "same_fold"))
-"""Ways of judging, as what chooses the epoch and what the threshold: honest, optimistic, as the Oulu thesis did."""
+PROTOCOLS = (
+    ("fixed_epochs", "cross_fitted"),
+    ("fixed_epochs", "same_fold"),
+    ("same_fold", "cross_fitted"),
+    ("same_fold", "same_fold"),
+)
+"""Ways of judging, as what chooses the epoch and what the threshold: honest, optimistic by either, as the Oulu thesis
+did. Whatever a study is told, they take Youden's threshold of study scores and one epoch by `BestEpoch`."""
 
 
 class FoldScores(NamedTuple):

@@ -169,10 +169,12 @@ def describe_predictor(
 def _judging_statements(config: StudyConfig) -> tuple[str, ...]:
     """Say what of the study's networks and threshold a reader of a single prediction must know."""
     recipe, told = config.recipe, []
-    if config.optimistic:
+    ways = {"epochs": recipe.selection, "thresholds": config.evaluation.threshold_source}
+    chosen = [name for name, how in ways.items() if how == "same_fold"]
+    if chosen:
         told.append(
-            f"Epoch ({recipe.selection}) and threshold ({config.evaluation.threshold_source}) of the study were chosen "
-            "on the folds that judged them: its figures are optimistic, and the threshold may not carry over."
+            f"The {' and '.join(chosen)} of the study were chosen on the folds that judged them (same_fold): its "
+            "figures are optimistic, and the threshold may not carry over."
         )
     if recipe.checkpoint_top_k > 1:
         told.append(

@@ -125,7 +125,7 @@ class PermutationNull(FrozenModel):
     p_value: float
     null: tuple[float, ...]
     balanced_accuracy: tuple[ProtocolNull, ...]
-    """Of the same shuffles: judged honestly, by the same fold's thresholds, by its epochs and thresholds."""
+    """Of the same shuffles: judged honestly, by the same fold's thresholds, by its epochs, by both."""
 
 
 class SelectedEpoch(FrozenModel):

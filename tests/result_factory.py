@@ -490,6 +490,7 @@ def _permutation(auc: float, random: np.random.Generator) -> PermutationNull:
         balanced_accuracy=(
             ProtocolNull(selection="fixed_epochs", threshold_source="cross_fitted", mean=0.501, sd=0.031),
             ProtocolNull(selection="fixed_epochs", threshold_source="same_fold", mean=0.574, sd=0.028),
+            ProtocolNull(selection="same_fold", threshold_source="cross_fitted", mean=0.518, sd=0.033),
             ProtocolNull(selection="same_fold", threshold_source="same_fold", mean=0.603, sd=0.026),
         ),
     )

@@ -133,7 +133,15 @@ def test_an_optimistic_study_s_own_groups_have_no_interval(finished):
     result.model_copy(update={"config": told}).save(folder / "result.json")
     found = score_excluded(config, folder)
     assert [group.interval is None for group in found.slice_counts[0].groups] == [True, True, False, False]
+    told = "are recall and 1 − specificity, judged by what was chosen on the very same fold, and have no interval"
     assert "slightly_symptomatic" in describe(found)
+    assert told in describe(found)
+    honest = tuple(
+        part.model_copy(update={"groups": tuple(group.model_copy(update={"interval": ends}) for group in part.groups)})
+        for part in found.slice_counts
+        for ends in [part.groups[-1].interval]
+    )
+    assert told not in describe(found.model_copy(update={"slice_counts": honest}))
 
 
 def test_whoever_is_in_the_study_or_has_no_crop_is_left_out_with_the_reason(finished):

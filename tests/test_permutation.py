@@ -88,9 +88,11 @@ def test_judged_honestly_noise_gives_chance(nothing_known):
 
 
 def test_what_is_chosen_on_the_judged_fold_makes_noise_look_like_skill(nothing_known):
-    honest, threshold, both = nothing_known.balanced_accuracy
+    honest, threshold, epoch, both = nothing_known.balanced_accuracy
     assert (threshold.selection, threshold.threshold_source) == ("fixed_epochs", "same_fold")
+    assert (epoch.selection, epoch.threshold_source) == ("same_fold", "cross_fitted")
     assert (both.selection, both.threshold_source) == ("same_fold", "same_fold")
+    assert epoch.mean < honest.mean + 0.05
     assert both.mean > threshold.mean > honest.mean + 0.05
     assert both.mean > 0.56
 
@@ -148,4 +150,4 @@ def test_sealed_studies_have_no_part_in_the_null():
 def test_a_single_permutation_has_no_spread():
     null = null_of(data_with_signal(0.0), count=1)
     assert null.sd == 0
-    assert [protocol.sd for protocol in null.balanced_accuracy] == [0, 0, 0]
+    assert [protocol.sd for protocol in null.balanced_accuracy] == [0, 0, 0, 0]

@@ -120,16 +120,43 @@ def test_an_exam_is_scored_by_each_network_before_they_are_averaged(predictor, e
     assert prediction.slice_probabilities == pytest.approx((0.55, 0.2, 0.6))
 
 
-def test_the_threshold_of_a_predictor_is_that_of_the_study_s_averages(data, tmp_path, monkeypatch):
-    """As evaluation says, not always Youden's."""
+@pytest.fixture
+def finish(data, tmp_path, monkeypatch):
+    """Prepares a study of this configuration and commits its trials."""
     monkeypatch.setattr("lbp_ray.prepare.load_backbone_weights", lambda *_, **__: {"weight": torch.zeros(1)})
-    config = study_config(data, tmp_path, seeds=(0, 1), evaluation={"ensemble_threshold": "mean_of_seeds"})
-    study = prepare(config)
-    specs = plan_trials(config, crops_hash="c", split_hash="s", weights_hash="w")
-    folders = [tmp_path / spec.cell.name for spec in specs]
-    for spec, folder in zip(specs, folders, strict=True):
-        commit_trial(spec, folder, study)
-        (folder / "model.pt").touch()
+
+    def finished(**changes):
+        config = study_config(data, tmp_path, **changes)
+        study = prepare(config)
+        specs = plan_trials(config, crops_hash="c", split_hash="s", weights_hash="w")
+        folders = [tmp_path / spec.cell.name for spec in specs]
+        for spec, folder in zip(specs, folders, strict=True):
+            commit_trial(spec, folder, study)
+            (folder / "model.pt").touch()
+        return config, study, specs, folders
+
+    return finished
+
+
+@pytest.mark.parametrize(
+    ("selection", "source", "told"),
+    [
+        ("same_fold", "cross_fitted", "The epochs of the study were chosen on the folds that judged them"),
+        ("fixed_epochs", "same_fold", "The thresholds of the study were chosen on the folds that judged them"),
+        ("same_fold", "same_fold", "The epochs and thresholds of the study were chosen on the folds that judged them"),
+        ("fixed_epochs", "cross_fitted", None),
+    ],
+)
+def test_a_predictor_says_what_was_chosen_on_the_folds_that_judged_it_and_nothing_else(finish, selection, source, told):
+    recipe = {"weights": "random", "selection": selection}
+    found = describe_predictor(*finish(recipe=recipe, evaluation={"threshold_source": source})).statements
+    held = [line for line in found if "folds that judged them" in line]
+    assert [line.startswith(told) for line in held] == ([True] if told else [])
+
+
+def test_the_threshold_of_a_predictor_is_that_of_the_study_s_averages(finish):
+    """As evaluation says, not always Youden's."""
+    config, study, specs, folders = finish(seeds=(0, 1), evaluation={"ensemble_threshold": "mean_of_seeds"})
     found = describe_predictor(config, study, specs, folders).by_slice_count[1]
     table = collect(specs, folders, study.analysed, config.evaluation)
     assert found.threshold == pytest.approx(table.drop_duplicates(["fold", "seed"])["threshold"].mean())

@@ -371,7 +371,7 @@ def optimistic():
 @pytest.fixture(scope="module")
 def optimistic_folder(optimistic, tmp_path_factory):
     folder = tmp_path_factory.mktemp("optimistic")
-    write_report(optimistic, folder, contact_sheet=PNG)
+    write_report(optimistic, folder, contact_sheet=PNG, excluded=make_excluded(optimistic))
     return folder
 
 
@@ -412,15 +412,18 @@ def test_optimistic_report_holds_no_interval_and_no_verdict(optimistic_folder):
 
 
 def test_optimistic_figures_and_tables_carry_their_mark(optimistic, optimistic_folder, folder):
-    assert {path.stem for path in (optimistic_folder / "figures").iterdir()} == FIGURES - {"overview"}
-    for path in (optimistic_folder / "figures").iterdir():
-        assert MARK in path.read_text(), path.name
-        assert MARK not in (folder / "figures" / path.name).read_text()
+    drawn = {path.stem for path in (optimistic_folder / "figures").iterdir()}
+    assert drawn == FIGURES - {"overview"} | {"excluded_scores"}
+    assert all(MARK in (optimistic_folder / f"figures/{name}.svg").read_text() for name in drawn)
+    assert not any(MARK in path.read_text() for path in (folder / "figures").iterdir())
     page = Page((optimistic_folder / "report.html").read_text())
     assert all(MARK in a["aria-label"].lower() for _, a in page.tags if a.get("role") == "img")
     assert not list((optimistic_folder / "tables").glob("comparisons.*"))
     scored = TABLES - {"table3", "table4", "agreement", "protocol", "choices", "metrics", "comparisons"}
+    scored |= {"excluded"}
     assert all(MARK in (optimistic_folder / f"tables/{name}.md").read_text().lower() for name in scored)
+    assert {row["threshold_source"] for row in csv_rows(optimistic_folder, "excluded")} == {"same_fold"}
+    assert "are recall and 1 − specificity, judged by what was chosen on the very same fold" in page.text
     assert "these figures are no evidence" in (optimistic_folder / "tables/metrics.md").read_text()
 
 
@@ -442,13 +445,46 @@ def test_optimistic_console_warns_before_any_figure(optimistic):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({}, "reach a balanced accuracy of 0.60 on average"),
+        ({}, "reach a balanced accuracy of 0.60 on average in the frozen stage"),
         ({"permutation": None}, "know nothing reach a balanced accuracy of about 0.62"),
     ],
     ids=["measured", "never measured"],
 )
 def test_optimism_is_measured_or_told_in_general(change, told):
     assert told in " ".join(verdict_sentences(with_part(make_result((3,), (0.9,), optimistic=True), **change)))
+
+
+@pytest.mark.parametrize(("change", "reached"), [({}, "0.52 on average"), ({"permutation": None}, "about 0.52")])
+def test_epoch_alone_makes_a_result_optimistic_and_labels_that_know_nothing_little_better(change, reached):
+    result = make_result((3,), (0.9,), optimistic=True, threshold_source="cross_fitted")
+    text = " ".join(verdict_sentences(with_part(result, **change)))
+    assert "The epoch of every fold was chosen on that very fold" in text
+    assert f"reach a balanced accuracy of {reached}" in text
+
+
+@pytest.mark.parametrize("change", [{}, {"permutation": None}], ids=["with shuffles", "without"])
+@pytest.mark.parametrize(
+    "unlike",
+    [
+        {"evaluation": {"threshold_criterion": "max_mcc"}},
+        {"evaluation": {"threshold_level": "slice", "ensemble_threshold": "mean_of_seeds"}},
+        {"evaluation": {"level": "slice"}},
+        {"recipe": {"checkpoint": "min_loss"}},
+        {"recipe": {"checkpoint_top_k": 5}},
+        {"recipe": {"frozen_epochs": 0}},
+        {"recipe": {"selection": "inner_validation"}},
+    ],
+    ids=lambda unlike: next(iter(next(iter(unlike.values())))),
+)
+def test_shuffles_that_were_judged_otherwise_give_no_figure(unlike, change):
+    chosen = {"selection": "same_fold"} | unlike.get("recipe", {})
+    judged = {"threshold_source": "same_fold"} | unlike.get("evaluation", {})
+    told = {"config": make_config(recipe=chosen, evaluation=judged), "selection": chosen["selection"]}
+    text = " ".join(verdict_sentences(with_part(make_result((3,), (0.9,), optimistic=True, **told), **change)))
+    section, settings = next(iter(unlike.items()))
+    key, value = next(iter(settings.items()))
+    assert f"was not measured for this recipe (recipe.{key}: {value})".replace("recipe.", f"{section}.", 1) in text
+    assert "balanced accuracy of" not in text
 
 
 def test_threshold_alone_makes_a_result_optimistic():
@@ -595,6 +631,8 @@ def test_opened_hold_out_of_an_optimistic_study_keeps_its_intervals(optimistic, 
     write_report(optimistic, tmp_path, unsealed=[make_unsealed(optimistic)], excluded=make_excluded(optimistic))
     assert MARK not in (tmp_path / "figures/holdout1_curves.svg").read_text()
     assert all(row["low"] for row in csv_rows(tmp_path, "holdout1"))
+    for row in (*csv_rows(tmp_path, "holdout1"), *csv_rows(tmp_path, "holdout1_folds")):
+        assert (row["selection"], row["network_threshold_source"], row["level"]) == ("same_fold", "same_fold", "study")
     ends = {row["group"]: row["share_low"] for row in csv_rows(tmp_path, "excluded")}
     assert ends["symptomatic"] == ends["asymptomatic"] == ""
     assert float(ends["slightly_symptomatic"]) < 0.4

@@ -50,7 +50,8 @@ def test_verdict_never_ranks_slice_counts_that_do_not_differ(result):
 def test_verdict_names_pairs_that_differ_on_the_same_studies():
     result = make_result(comparisons=make_comparisons((1, 3, 5), k1_k5=0.012))
     text = " ".join(verdict_sentences(result))
-    assert "5 slices lie 0.10 above 1 slice (95\u202f% interval 0.02 to 0.18, p\u00a0=\u00a00.012)" in text
+    told = "5 slices lie 0.10 above 1 slice (unadjusted 95\u202f% interval 0.02 to 0.18, p\u00a0=\u00a00.012)"
+    assert told in text
     assert "Holm over 3 pairs; the other pairs are not distinguishable here." in text
     assert comparison(result, "roc_auc") == "differ: 1 | 5 (p\u00a0=\u00a00.012)"
 
@@ -62,8 +63,49 @@ def test_metrics_without_a_paired_test_are_not_compared(result):
 
 def test_verdict_says_how_large_a_difference_may_still_be(result):
     widest = max(result.comparisons, key=lambda pair: pair.high - pair.low)
-    told = f"the widest interval of a difference is {number(widest.low)} to {number(widest.high)}."
-    assert told in " ".join(verdict_sentences(result))
+    text = " ".join(verdict_sentences(result)).replace("\u202f", " ")
+    bounds = f"{number(widest.low)} to {number(widest.high)}"
+    assert f"the widest unadjusted 95 % interval of a difference is {bounds}." in text
+    assert "exclude" not in text[text.index("not distinguishable") :]
+
+
+def with_pairs(p_value, adjusted, bounds, counts=(1, 3, 5)):
+    """A result whose pairs of slice counts all have this difference."""
+    told = {"p_value": p_value, "p_adjusted": adjusted, "low": bounds[0], "high": bounds[1]}
+    pairs = tuple(pair.model_copy(update=told) for pair in make_comparisons(counts))
+    return make_result(counts, (0.9,) * len(counts), comparisons=pairs)
+
+
+def test_verdict_explains_intervals_that_exclude_0_where_holm_tells_nothing_apart():
+    text = " ".join(verdict_sentences(with_pairs(0.03, 0.09, (0.005, 0.195)))).replace("\u00a0", " ")
+    assert "not distinguishable here (smallest p = 0.090, Holm over 3 pairs)" in text
+    assert (
+        "interval of a difference is 0.01 to 0.20. 3 of the 3 intervals exclude 0, which is no contradiction: each is"
+        " of one pair alone, unadjusted, and Holm's correction over all 3 pairs asks for more."
+    ) in text
+
+
+@pytest.mark.parametrize("side", [1, -1], ids=["above", "below"])
+def test_verdict_explains_a_pair_that_holm_leaves_beside_one_that_differs(side):
+    differ, plain, held = make_comparisons((1, 3, 5), k1_k3=0.01)
+    low, high = sorted((0.005 * side, 0.195 * side))
+    held = held.model_copy(update={"p_value": 0.04, "p_adjusted": 0.08, "low": low, "high": high})
+    text = " ".join(verdict_sentences(make_result(comparisons=(differ, plain, held))))
+    assert "One of the 3 intervals excludes 0, which is no contradiction" in text
+
+
+def test_a_single_pair_needs_no_adjustment():
+    text = " ".join(verdict_sentences(with_pairs(0.3, 0.3, (-0.05, 0.15), (1, 3)))).replace("\u202f", " ")
+    assert "the 95 % interval of the difference is −0.05 to 0.15." in text
+    assert "adjusted" not in text
+
+
+def test_table_of_pairs_says_what_is_adjusted(result):
+    (sheet,) = (sheet for sheet in detail_tables(result) if sheet.name == "comparisons")
+    assert [name.replace("\u202f", " ") for name in sheet.head[2:5]] == [
+        "unadjusted 95 % interval", "p, unadjusted", "p, Holm",
+    ]  # fmt: skip
+    assert "an interval may exclude 0 where the pair is not distinguishable" in sheet.note
 
 
 def test_widened_intervals_are_said_to_be(result):

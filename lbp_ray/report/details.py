@@ -120,11 +120,13 @@ def _comparisons(result: StudyResult) -> Sheet:
         for pair in result.comparisons
     )
     note = (
-        "Difference of two areas under the ROC curve on the same studies, by a paired test over patients; Holm's"
-        " correction over all pairs. What is not distinguishable is not equal: the interval says how large the"
-        " difference may still be."
+        "Difference of two areas under the ROC curve on the same studies, by a paired test over patients. The verdict"
+        " goes by the p-value after Holm's correction over all pairs; p and intervals beside it are of each pair alone,"
+        " unadjusted, so that an interval may exclude 0 where the pair is not distinguishable. What is not"
+        " distinguishable is not equal: the interval says how large the difference may still be."
     )
-    head = ("slices", "difference of ROC-AUC", f"{interval_level(result)} interval", "p", "p, Holm", "verdict")
+    interval = f"unadjusted {interval_level(result)} interval"
+    head = ("slices", "difference of ROC-AUC", interval, "p, unadjusted", "p, Holm", "verdict")
     return Sheet("comparisons", "Slice counts compared", note, head, "lrrrrl", rows, records)
 
 
@@ -250,7 +252,9 @@ def _protocols(result: StudyResult) -> Sheet:
     )
     note = (
         "Balanced accuracy on labels shuffled among patients, mean ± SD over the shuffles, frozen stage. Such labels"
-        " know nothing: 0.50 is honest, what is above it is made by the way of judging."
+        " know nothing: 0.50 is honest, what is above it is made by the way of judging. Whatever this study's own"
+        " settings, thresholds are Youden's of study scores, and a fold that chooses an epoch takes that of the largest"
+        " MCC up to the lowest loss."
     )
     head = ("slices", "epoch", "threshold", "balanced accuracy")
     return Sheet("protocols", "What each way of judging makes of nothing", note, head, "rllr", rows, records)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lbp_ray.report.optimism import mark, own_groups_notice
 from lbp_ray.report.sheets import Sheet
 from lbp_ray.report.theme import COLOURS, STAMP_HEIGHT_IN, Picture, colour_of, drawing, new_figure, svg_bytes
 from lbp_ray.report.thesis_tables import group_name
@@ -50,8 +51,9 @@ def excluded_table(excluded: ExcludedScores) -> Sheet:
         "Scores by questionnaire group, and the share called symptomatic with its interval over patients: by the"
         " study's threshold, of the task's own groups by that of their fold."
     )
+    note = " ".join([note, *own_groups_notice(excluded)])
     head = ("slices", "group", "studies", "mean ± SD", "quartiles", "called symptomatic")
-    return Sheet("excluded", "Groups that the study left out", note, head, "rlrrrr", rows, records, judged=False)
+    return Sheet("excluded", "Groups that the study left out", note, head, "rlrrrr", rows, records)
 
 
 def excluded_picture(result: StudyResult, excluded: ExcludedScores) -> Picture:
@@ -63,13 +65,14 @@ def excluded_picture(result: StudyResult, excluded: ExcludedScores) -> Picture:
         "Thick line: from the first to the third quartile; stroke: median; marker: mean. Vertical line: the study's"
         " threshold. The task's own groups are scored out of fold."
     )
+    warning = f" {mark(result).capitalize()}." if mark(result) else ""
     told = listed(
         [
             f"{slices(part.num_slices)}: " + ", ".join(_finding(group) for group in part.groups)
             for part in excluded.slice_counts
         ]
     )
-    return Picture("excluded_scores", title, caption, f"{title}. {told}.", svg)
+    return Picture("excluded_scores", title, caption + warning, f"{title}. {told}.{warning}", svg)
 
 
 def _draw(parts: Sequence[ExcludedByCount]) -> Figure:

@@ -205,23 +205,42 @@ def _comparison_sentences(result: StudyResult) -> list[str]:
         smallest = min(pair.p_adjusted for pair in result.comparisons)
         told = f"{'smallest ' if pairs > 1 else ''}{p_value(smallest)}{holm}"
         widest = max(result.comparisons, key=lambda pair: pair.high - pair.low)
-        which = "the widest interval of a difference" if pairs > 1 else "the interval of the difference"
+        level = interval_level(result)
+        which = f"the widest unadjusted {level} interval" if pairs > 1 else f"the {level} interval"
         return [
-            f"{by}, {counts} are not distinguishable here ({told}), which does not make them equal: {which} is"
-            f" {number(widest.low)} to {number(widest.high)}."
+            f"{by}, {counts} are not distinguishable here ({told}), which does not make them equal: {which} of"
+            f" {'a' if pairs > 1 else 'the'} difference is {number(widest.low)} to {number(widest.high)}.",
+            *_unadjusted_sentences(result),
         ]
     rest = "; the other pairs are not distinguishable here" if len(differ) < pairs else ""
     if len(differ) > MAX_PAIRS_NAMED:
         sentence = f"{by}, {len(differ)} of {pairs} pairs of slice counts differ{rest}."
-        return [sentence, "One metric alone ranks nothing."]
-    told = "; ".join(_difference(result, pair) for pair in differ)
-    return [f"{by}, {told}{holm}{rest}.", "One metric alone ranks nothing."]
+    else:
+        sentence = f"{by}, {'; '.join(_difference(result, pair) for pair in differ)}{holm}{rest}."
+    return [sentence, *_unadjusted_sentences(result), "One metric alone ranks nothing."]
+
+
+def _unadjusted_sentences(result: StudyResult) -> list[str]:
+    """Say why an interval excludes 0 where Holm's p-value does not tell the pair apart."""
+    undone = [pair for pair in result.comparisons if pair.p_value <= COMPARISON_LEVEL < pair.p_adjusted]
+    held = [pair for pair in undone if not pair.low <= 0 <= pair.high]
+    if not held:
+        return []
+    pairs = len(result.comparisons)
+    told = (
+        f"{len(held)} of the {pairs} intervals exclude" if len(held) > 1 else f"One of the {pairs} intervals excludes"
+    )
+    return [
+        f"{told} 0, which is no contradiction: each is of one pair alone, unadjusted, and Holm's correction over all"
+        f" {pairs} pairs asks for more."
+    ]
 
 
 def _difference(result: StudyResult, pair: AreaComparison) -> str:
     side = "above" if pair.difference > 0 else "below"
     low, high = sorted((abs(pair.low), abs(pair.high))) if pair.low * pair.high > 0 else (pair.low, pair.high)
+    unadjusted = "unadjusted " if len(result.comparisons) > 1 else ""
     return (
         f"{slices(pair.second)} lie {number(abs(pair.difference))} {side} {slices(pair.first)}"
-        f" ({interval_level(result)} interval {number(low)} to {number(high)}, {p_value(pair.p_adjusted)})"
+        f" ({unadjusted}{interval_level(result)} interval {number(low)} to {number(high)}, {p_value(pair.p_adjusted)})"
     )
