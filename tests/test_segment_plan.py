@@ -79,7 +79,8 @@ def test_every_exam_is_segmented_by_a_network_that_never_saw_its_patient(data, t
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_sealed_patients_train_nothing(data, tmp_path, nested):
+def test_sealed_patients_train_nothing(tmp_path, nested):
+    data = make_cohort(tmp_path, annotated=tuple(range(12)))
     split = seal(study_config(data, tmp_path)).split
     plan = plan_regions(region_config(data, tmp_path, folds={"study": "small", "nested": nested, "folds": 3}))
     sealed = {pseudonym("p", number) for number in sealed_exams(split)}
