@@ -14,6 +14,7 @@ LIMIT_S = 600
 
 SMALL = (
     "name=small",
+    "split.seed=0",
     "split.folds=2",
     "recipe.frozen_epochs=3",
     "evaluation.permutations=19",

@@ -81,7 +81,7 @@ def cohort_of(seed: int, config: StudyConfig) -> tuple[TrialData, np.ndarray]:
 def intervals_of(seed: int) -> dict[int, tuple[float, float, float]]:
     """Out-of-fold ROC-AUC and its patient-level interval for each slice count of one cohort."""
     torch.set_num_threads(1)
-    config = load_config(StudyConfig, ROOT / "configs" / "demo.yaml", ["seeds=[0]"])
+    config = load_config(StudyConfig, ROOT / "configs" / "demo.yaml", ["seeds=[0]", "split.seed=0"])
     data, labels = cohort_of(seed, config)
     backbone = build_backbone(load_backbone_weights(config.recipe.weights, seed=config.recipe.weights_seed))
     data = replace(data, features_NKF=torch.from_numpy(extract(backbone, data.crops_NKHW)))
