@@ -13,7 +13,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-LONGEST = ("cohort_seeds", "kill", "hosts", "slurm", "segment_run", "presets", "river")
+LONGEST = ("cohort_seeds", "kill", "slurm", "hosts", "segment_run", "presets", "river")
 """Files that several processes begin with, so that none of them is left alone with one at the end."""
 
 
