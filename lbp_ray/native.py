@@ -36,46 +36,48 @@ def native_dtype(wanted: Literal["float32", "bfloat16", "auto"], *, gpu: bool) -
     return "bfloat16" if native else "float32"
 
 
-KEPT_TYPE = "unfrozen_dtype.json"
-"""File in a study's folder: what ``unfrozen_dtype: auto`` became when the study first ran on CPUs."""
+KEPT_TYPE = "dtype.json"
+"""File in the folder of a study, or of a region finder: what ``auto`` became when it first ran on CPUs."""
 
 
-def keep_first_type(config: StudyConfig, folder: Path, *, gpu: bool) -> StudyConfig:
-    """Let ``unfrozen_dtype: auto`` stay what it became when the study first ran on CPUs, and say what that is.
+def kept_dtype(wanted: Literal["float32", "bfloat16", "auto"], folder: Path, *, gpu: bool, option: str) -> Dtype:
+    """Return the type that was asked for; on CPUs ``auto`` stays what it became first, which is said.
 
     A trial's address names the type: a study that goes on from a CPU of another model would train every trial anew.
     What ``images_per_pass: auto`` becomes follows from the type and the configuration, and stays with it.
 
     Parameters
     ----------
-    config
-        The study. Where it names a type, nothing is read or written.
+    wanted
+        A type, with which nothing is read or written, or ``auto``.
     folder
         The study's own, which holds `KEPT_TYPE`.
     gpu
         The trials run on GPUs: all are taken to compute bfloat16, and nothing is read or written.
+    option
+        Names what is decided, for the console.
 
     Raises
     ------
     RunError
         If `KEPT_TYPE` names no type.
     """
-    if gpu or config.recipe.unfrozen_dtype != "auto":
-        return config
+    if gpu or wanted != "auto":
+        return native_dtype(wanted, gpu=gpu)
     file, own = folder / KEPT_TYPE, native_dtype("auto", gpu=False)
-    reason = f"as when the study first ran on CPUs, which {file} keeps"
+    reason = f"as when it first ran on CPUs, which {file} keeps"
     if not file.exists():
         write_atomic(file, canonical_json({"cpu": own}).encode())
         does = "computes" if own == "bfloat16" else "does not compute"
-        reason = f"this node's CPU {does} bfloat16 natively; {file} keeps it for the study's later runs"
+        reason = f"this node's CPU {does} bfloat16 natively; {file} keeps it for later runs"
     dtype = _read_type(file)
-    sys.stdout.write(f"recipe.unfrozen_dtype: auto is {dtype}: {reason}\n")
+    sys.stdout.write(f"{option}: auto is {dtype}: {reason}\n")
     if (dtype, own) == ("bfloat16", "float32"):
         sys.stdout.write(
-            "warning: this node's CPU only emulates bfloat16, which is slow: run the study on nodes like its first, or "
-            "set recipe.unfrozen_dtype=float32, which trains every trial anew\n"
+            "warning: this node's CPU only emulates bfloat16, which is slow: run on nodes like the first, or set "
+            f"{option}=float32, which trains everything anew\n"
         )
-    return config.model_copy(update={"recipe": config.recipe.model_copy(update={"unfrozen_dtype": dtype})})
+    return dtype
 
 
 def _read_type(file: Path) -> Dtype:

@@ -25,7 +25,7 @@ from lbp_ray.distributed.waiter import largest_share, waiting_trial
 from lbp_ray.distributed.worker import load_trial_data
 from lbp_ray.features import features_id
 from lbp_ray.finished import RESULT_FILE, render_result
-from lbp_ray.native import for_device, keep_first_type
+from lbp_ray.native import for_device, kept_dtype
 from lbp_ray.predict import PREDICTOR_FILE, describe_predictor
 from lbp_ray.prepare import Prepared, prepare
 from lbp_ray.report import render_console
@@ -121,7 +121,10 @@ def tell_of_idle_gpus(config: StudyConfig) -> None:
 def _run(config: StudyConfig) -> Path:
     prepared = prepare(config)
     gpu = bool(config.compute.gpus_per_trial)
-    config = for_device(keep_first_type(config, prepared.paths.folder, gpu=gpu), gpu=gpu)
+    option, wanted = "recipe.unfrozen_dtype", config.recipe.unfrozen_dtype
+    dtype = kept_dtype(wanted, prepared.paths.folder, gpu=gpu, option=option)
+    recipe = config.recipe.model_copy(update={"unfrozen_dtype": dtype})
+    config = for_device(config.model_copy(update={"recipe": recipe}), gpu=gpu)
     specs = plan_trials(
         config,
         crops_hash=prepared.crops.crops_hash,

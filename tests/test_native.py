@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lbp_ray.native import KEPT_TYPE, for_device, keep_first_type
+from lbp_ray.native import KEPT_TYPE, kept_dtype
 from lbp_ray.runs import RunError, RunPaths
+from lbp_ray.segment.__main__ import run_regions
+from lbp_ray.segment.config import SegmentConfig
 from lbp_ray.study import StudyConfig
 from lbp_ray.tune import plan_trials, run_study
 
@@ -67,7 +69,7 @@ def test_the_log_says_which_type_and_why(started, tmp_path, capsys):
     file = str(tmp_path / "tiny" / KEPT_TYPE)
     for flags, words in (
         (WITH, "this node's CPU computes bfloat16 natively"),
-        (WITHOUT, "as when the study first ran"),
+        (WITHOUT, "as when it first ran"),
     ):
         started(flags)
         said = capsys.readouterr().out
@@ -93,20 +95,36 @@ def test_what_is_kept_of_cpus_is_not_for_gpus(started, tmp_path):
     assert started(WITHOUT, gpus=1.0)[1:] == ("bfloat16", None)
 
 
-def test_a_changed_crop_or_recipe_is_planned_with_the_type_that_is_kept(tmp_path, monkeypatch):
-    """Passes follow from type and configuration: none that fitted another crop is used."""
-    found = []
-    for flags, crop, recipe in ((WITH, 400, {}), (WITHOUT, 200, {}), (WITHOUT, 400, {"images_per_pass": 3})):
+def test_a_changed_recipe_is_planned_with_the_type_that_is_kept(started):
+    assert started(WITH)[1:] == ("bfloat16", 8)
+    assert started(WITHOUT, images_per_pass=3)[1:] == ("bfloat16", 3)
+
+
+def test_a_region_finder_keeps_its_first_type_too(tmp_path, monkeypatch):
+    planned = []
+
+    def plan_and_end(config, _):
+        planned.append(config.recipe.dtype)
+        raise PlannedError
+
+    monkeypatch.setattr("lbp_ray.segment.__main__.plan_regions", lambda _: None)
+    monkeypatch.setattr("lbp_ray.segment.__main__.fold_specs", plan_and_end)
+    paths = {"store": "/nowhere", "annotations": "/nowhere", "runs": tmp_path}
+    settings = {
+        "name": "roi",
+        "paths": paths,
+        "folds": {"folds": 3, "allow_holdout": True},
+        "recipe": {"dtype": "auto"},
+    }
+    for flags in (WITH, WITHOUT):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
-        config = make_config(tmp_path, **recipe)
-        config = config.model_copy(update={"roi": config.roi.model_copy(update={"height_px": crop})})
-        kept = for_device(keep_first_type(config, tmp_path, gpu=False), gpu=False).recipe
-        found.append((kept.unfrozen_dtype, kept.images_per_pass))
-    assert found == [("bfloat16", 8), ("bfloat16", 16), ("bfloat16", 3)]
+        with pytest.raises(PlannedError):
+            run_regions(SegmentConfig.model_validate(settings))
+    assert planned == ["bfloat16", "bfloat16"]
 
 
 @pytest.mark.parametrize("text", ["", '{"cpu": "auto"}', "[]"])
 def test_a_file_that_names_no_type_is_refused(tmp_path, text):
     (tmp_path / KEPT_TYPE).write_text(text)
-    with pytest.raises(RunError, match=r"unfrozen_dtype\.json must hold .*delete it"):
-        keep_first_type(make_config(tmp_path), tmp_path, gpu=False)
+    with pytest.raises(RunError, match=r"dtype\.json must hold .*delete it"):
+        kept_dtype("auto", tmp_path, gpu=False, option="recipe.dtype")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lbp_ray.config import load_config
 from lbp_ray.distributed.regions import segment_store, train_networks
-from lbp_ray.native import native_dtype
+from lbp_ray.native import kept_dtype
 from lbp_ray.roi.regions import Regions
 from lbp_ray.runs import RunPaths
 from lbp_ray.segment.assemble import ARTEFACT_VERSION, assemble
@@ -44,10 +44,10 @@ def run_regions(config: SegmentConfig) -> Regions:
         Of the room at fault, before any training where it can be known.
     """
     gpus = config.compute.gpus_per_worker
-    dtype = native_dtype(config.recipe.dtype, gpu=bool(gpus))
-    config = config.model_copy(update={"recipe": config.recipe.model_copy(update={"dtype": dtype})})
     plan = plan_regions(config)
     paths = RunPaths(config.paths.runs, config.name)
+    dtype = kept_dtype(config.recipe.dtype, paths.folder, gpu=bool(gpus), option="recipe.dtype")
+    config = config.model_copy(update={"recipe": config.recipe.model_copy(update={"dtype": dtype})})
     specs = fold_specs(config, plan)
     address = regions_address(specs, plan)
     folder = paths.regions(address)
