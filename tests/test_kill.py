@@ -132,23 +132,27 @@ def end_orphans(below: dict[int, str], limit_s: float = 60.0) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", range(NUM_MOMENTS // 2))
-def test_kills_at_two_random_moments(undisturbed, tmp_path, pair):
-    """The first kills a Ray worker, the second the driver, at seeded shares of the undisturbed run's duration."""
+@pytest.mark.parametrize("series", range(NUM_MOMENTS // 4))
+def test_kills_at_four_random_moments(undisturbed, tmp_path, series):
+    """Of a Ray worker and then of the driver, twice, at seeded shares of the undisturbed run's duration.
+
+    The second run goes on where the first was killed, and has less left to do.
+    """
     root, duration_s = undisturbed
     runs = fresh_runs(root, tmp_path / "runs")
-    chance = random.Random(pair)
-    first_s, second_s = sorted(chance.uniform(0.05, 0.95) * duration_s for _ in range(2))
-    process = start(root, "lbp_ray.tune", *STUDY, runs)
-    time.sleep(first_s)
-    workers = [pid for pid, command in descendants(process.pid).items() if command.startswith("ray::")]
-    for pid in chance.sample(sorted(workers), min(1, len(workers))):
-        os.kill(pid, signal.SIGKILL)
-    time.sleep(second_s - first_s)
-    below = descendants(process.pid)
-    process.kill()
-    process.communicate(timeout=LIMIT_S)
-    end_orphans(below)
+    chance = random.Random(series)
+    for latest in (0.95, 0.6):
+        first_s, second_s = sorted(chance.uniform(0.05, latest) * duration_s for _ in range(2))
+        process = start(root, "lbp_ray.tune", *STUDY, runs)
+        time.sleep(first_s)
+        workers = [pid for pid, command in descendants(process.pid).items() if command.startswith("ray::")]
+        for pid in chance.sample(sorted(workers), min(1, len(workers))):
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(second_s - first_s)
+        below = descendants(process.pid)
+        process.kill()
+        process.communicate(timeout=LIMIT_S)
+        end_orphans(below)
     finish_and_compare(root, tmp_path / "runs", runs)
 
 
