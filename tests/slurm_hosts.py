@@ -106,7 +106,7 @@ def slurm(count: int = 2, *, cpus: int = 4, gpus: int = 2, kinds: tuple[str, ...
             cluster.start(name, f"slurmd -D -f {cluster.folder}/slurm.conf -N {name}")
             undo.callback(cluster.kill, name)
         _wait_until_idle(cluster)
-        undo.callback(_cancel_all, cluster)
+        undo.callback(cancel_all, cluster)
         yield cluster
 
 
@@ -162,7 +162,8 @@ def _wait_until_idle(cluster: Slurm) -> None:
     wait_for(idle, f"{len(cluster.names)} idle hosts; see {cluster.folder}/log")
 
 
-def _cancel_all(cluster: Slurm) -> None:
+def cancel_all(cluster: Slurm) -> None:
+    """End every job of a cluster, and wait until it is gone."""
     if jobs := cluster.ask("squeue", "-h", "-o", "%i").split():
         cluster.ask("scancel", *jobs)
         with contextlib.suppress(TimeoutError):

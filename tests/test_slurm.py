@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from river import LIMIT_S, ROOT, environment, prepare_cohort, result_folder, run, study_arguments, tables
-from slurm_hosts import OTHER_USER, closed_folder, missing_requirement, slurm
+from slurm_hosts import OTHER_USER, cancel_all, closed_folder, missing_requirement, slurm
 
 from preprocess.job import NODE_LOST_STATUS
 
@@ -57,9 +57,17 @@ def cluster(module_folder):
     with slurm(2) as running:
         running.root, running.launched = module_folder, []
         yield running
-        for process in running.launched:  # of a test that failed
-            process.kill()
-            process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def _no_job_left(cluster):
+    """End what a failed test left, or the next one waits behind it."""
+    yield
+    while cluster.launched:
+        process = cluster.launched.pop()
+        process.kill()
+        process.communicate()
+    cancel_all(cluster)
 
 
 def launch(cluster, *options, user=0, **extra):
@@ -93,7 +101,7 @@ def job_of(cluster):
     return job
 
 
-def wait_for(condition, limit_s=120):
+def wait_for(condition, limit_s=LIMIT_S):
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end
@@ -324,7 +332,7 @@ def test_time_limit_requeues_and_the_rerun_runs_only_what_is_missing(cluster, tm
     process = launch(cluster, *limits, "--", "python", "-m", "lbp_ray.tune", *long)
     wait_for(lambda: "submitted" in process.stdout.readline())
     job = job_of(cluster)
-    wait_for(lambda: "Restarts=1" in cluster.ask("scontrol", "show", "job", job), 300)
+    wait_for(lambda: "Restarts=1" in cluster.ask("scontrol", "show", "job", job))
     cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # a busy machine would need many more runs
     status, output = finish(process)
     assert status == 0, output[-3000:]
