@@ -17,11 +17,12 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from lbp_ray.aggregate import out_of_fold_inflation
 from lbp_ray.cohort import label_exams
 from lbp_ray.cohort.questionnaire import LABELS
 from lbp_ray.ensemble import ensemble_threshold, model_means
 from lbp_ray.finished import EXCLUDED_FILE, Finished, run_on_result
-from lbp_ray.intervals import resampled_interval, wilson_interval
+from lbp_ray.intervals import resampled_interval, widened, wilson_interval
 from lbp_ray.out_of_fold import seed_means, with_study_scores
 from lbp_ray.predict import Predictor, slice_probabilities
 from lbp_ray.prepare import read_questionnaire
@@ -168,16 +169,17 @@ def _describe_count(
     own = seed_means(outside, config.evaluation).drop(columns="label").merge(exams, on="study_id")
     others = model_means(predictions).assign(threshold=threshold)
     barred = None if config.optimistic else config.evaluation
-    parts = [(own, name, barred) for name in sorted(LABELS)]
-    parts += [(others, name, config.evaluation) for name in sorted(set(others["group"]))]
+    inflation = out_of_fold_inflation(config)
+    groups = [describe_group(own[own["group"] == name], barred, inflation=inflation) for name in sorted(LABELS)]
+    groups += [describe_group(rows, config.evaluation) for _, rows in others.groupby("group", sort=True)]
     return ExcludedByCount(
         num_slices=int(outside["num_slices"].iloc[0]),
         threshold=threshold,
-        groups=tuple(describe_group(rows[rows["group"] == name], evaluation) for rows, name, evaluation in parts),
+        groups=tuple(groups),
     )
 
 
-def describe_group(rows: pd.DataFrame, evaluation: EvaluationConfig | None) -> GroupScores:
+def describe_group(rows: pd.DataFrame, evaluation: EvaluationConfig | None, *, inflation: float = 1.0) -> GroupScores:
     """Describe the study scores of one questionnaire group.
 
     Parameters
@@ -187,19 +189,25 @@ def describe_group(rows: pd.DataFrame, evaluation: EvaluationConfig | None) -> G
         from which on the study is called symptomatic.
     evaluation
         Level and kind of the interval; None makes none.
+    inflation
+        Factor of the variance, for cross-validated scores (`cross_validation_inflation`).
     """
     studies = rows.drop_duplicates("study_id")
     scores_N = studies["study_probability"].to_numpy()
     called_N = scores_N >= studies["threshold"].to_numpy()
     low, middle, high = np.quantile(scores_N, (0.25, 0.5, 0.75))
+    share = float(called_N.mean())
+    interval = None
+    if evaluation is not None:
+        interval = widened(_share_interval(called_N, studies["patient_id"], evaluation), share, inflation=inflation)
     return GroupScores(
         group=str(studies["group"].iloc[0]),
         num_studies=len(studies),
         mean=float(scores_N.mean()),
         sd=float(scores_N.std(ddof=1)) if len(studies) > 1 else None,
         quartiles=(float(low), float(middle), float(high)),
-        share_positive=float(called_N.mean()),
-        interval=None if evaluation is None else _share_interval(called_N, studies["patient_id"], evaluation),
+        share_positive=share,
+        interval=interval,
     )
 
 

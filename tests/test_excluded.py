@@ -13,6 +13,7 @@ from store_factory import pseudonym
 from study_factory import random_backbone
 
 from lbp_ray.excluded import ExcludedError, describe, describe_group, main, score_excluded
+from lbp_ray.intervals import metric_intervals
 from lbp_ray.nets.resnet import build_head, standardise
 from lbp_ray.out_of_fold import seed_means
 from lbp_ray.predict import Predictor, SliceCountPredictor
@@ -124,6 +125,23 @@ def test_the_task_s_own_groups_stand_beside_them_as_they_were_judged_out_of_fold
     assert [group.group for group in found.slice_counts[1].groups] == [
         "asymptomatic", "symptomatic", "slightly_symptomatic", "symptomatic_asymptomatic",
     ]  # fmt: skip
+
+
+def test_own_groups_have_the_interval_that_their_recall_has(finished):
+    config, _, folder = finished
+    found, made = score_excluded(config, folder), StudyResult.load(folder / "result.json")
+    rows = seed_means(pd.read_parquet(folder / "out_of_fold.parquet").query("num_slices == 3"), config.evaluation)
+    rows = rows.drop_duplicates("study_id")
+    called = rows["study_probability"] >= rows["threshold"]
+    arrays = (rows["label"], rows["study_probability"], called, rows["study_id"])  # an exam of each patient
+    wanted = metric_intervals(
+        *(values.to_numpy() for values in arrays), evaluation=config.evaluation, inflation=1 + made.num_folds
+    )["recall"]  # 1 + K / (K - 1) of two folds is 3
+    assert made.num_folds == 2
+    interval = group_of(found, 1, "symptomatic").interval
+    assert (interval.low, interval.high) == (wanted.low, wanted.high)
+    assert interval.method == "Wilson over 3 patients, widened for cross-validation"
+    assert group_of(found, 1, "slightly_symptomatic").interval.method == "Wilson over 2 patients"
 
 
 def test_an_optimistic_study_s_own_groups_have_no_interval(finished):
