@@ -46,7 +46,7 @@ class Page:
         """Return the value of a JavaScript expression."""
         return self.call("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
 
-    def wait_for(self, script, timeout_s=60.0):
+    def wait_for(self, script, timeout_s=600.0):
         """Evaluate an expression until it is true and return its value."""
         end_s = time.monotonic() + timeout_s
         while not (value := self.evaluate(script)):
@@ -93,7 +93,7 @@ def open_page(url, cookies=None, *, size=(1500, 1000)):
 
 
 def _port(file):
-    for _ in range(300):
+    for _ in range(1200):
         if file.is_file() and (text := file.read_text()):
             return int(text.splitlines()[0])
         time.sleep(0.1)
@@ -103,6 +103,9 @@ def _port(file):
 
 async def _connect(port):
     session = aiohttp.ClientSession()
-    async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-        (tab,) = (tab for tab in await answer.json() if tab["type"] == "page")
+    tabs = []
+    while not tabs:  # the port is open before the first tab is
+        async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+            tabs = [tab for tab in await answer.json() if tab["type"] == "page"]
+    (tab,) = tabs
     return session, await session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0)

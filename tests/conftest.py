@@ -13,8 +13,14 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-LONGEST = ("cohort_seeds", "kill", "slurm", "hosts", "segment_run", "presets", "river")
+LONGEST = (
+    *("cohort_seeds", "kill", "slurm", "hosts", "segment_run", "presets", "two_studies", "ray_job", "ddp_trial"),
+    *("metrics_endpoint", "cluster_job", "river"),
+)
 """Files that several processes begin with, so that none of them is left alone with one at the end."""
+
+SLOW_LIMIT_S = 2400
+"""Seconds within which a slow test and its set-up must end, also on a machine that is far too busy."""
 
 
 def pytest_collection_modifyitems(items):
@@ -23,6 +29,17 @@ def pytest_collection_modifyitems(items):
         return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
     items.sort(key=place)
+    for item in items:
+        if any(item.get_closest_marker(name) for name in ("slow", "slurm", "multihost", "browser")):
+            item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cohorts(tmp_path_factory) -> None:
+    """Name the folder of the cohorts that all processes of this run share."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    os.environ["LBP_RAY_TEST_COHORTS"] = str(shared / "cohorts")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 from ray.job_submission import JobSubmissionClient
 from river import LIMIT_S, ROOT, SMALL, environment, prepare_cohort, result_folder
-from test_ray_job import BIN, free_port, wait_for
+from test_ray_job import BIN, free_port, wait_for, wait_for_end
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -61,8 +61,8 @@ def head(module_folder):
         )
     finally:
         process.terminate()
-        process.wait(timeout=60)
-        shutil.rmtree(folder)
+        wait_for_end(process)
+        shutil.rmtree(folder, ignore_errors=True)  # Ray's agents may still write
 
 
 def start(head, *words, cwd=None, **variables):

@@ -165,4 +165,4 @@ def test_processes_are_as_many_as_slots_not_as_trials_and_none_reads_an_image(st
     waiting = [json.loads(path.read_text().splitlines()[-1])["pid"] for path in reports]
     assert len(waiting) == len(specs) == 150
     assert len(set(waiting)) <= SLOTS + 1
-    assert SLOTS < len(started) <= 3 * SLOTS + 2  # those that wait, those that train, and those that Ray holds ready
+    assert SLOTS < len(started) <= SLOTS + 10  # those that wait, those that train, and those that Ray holds ready

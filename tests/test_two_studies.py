@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,7 @@ def both():
             for job in JOBS:
                 for file in cluster.temporary("n1").glob(f"lbp-{job}.b/token"):
                     tokens[job] = file.read_text()
+            time.sleep(0.2)
         first_alone = started[4017].poll(), owners(cluster, "raylet/raylet ")
         statuses = {job: process.wait(timeout=LIMIT_S) for job, process in started.items()}
         outputs = {job: (cluster.folder / "log" / f"{job}.out").read_text() for job in JOBS}

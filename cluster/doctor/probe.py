@@ -67,7 +67,7 @@ def _read(path: Path) -> str:
 
 
 def _write_twice(folder: Path, node: str) -> float:
-    """Commit a file as the project does, then replace it; return how far the clock is ahead of the storage's."""
+    """Commit a file as the project does, then replace it; return how far the clock is surely ahead of the storage's."""
     place = folder / f"node-{node}"
     write_atomic(place, b"older")
     before = time.time()
@@ -76,7 +76,8 @@ def _write_twice(folder: Path, node: str) -> float:
     if place.read_text() != node:
         msg = f"{place}: a rename over an older file left the older one"
         raise OSError(msg)
-    return (before + after) / 2 - place.stat().st_mtime
+    written = place.stat().st_mtime
+    return before - written if written < before else min(0.0, after - written)
 
 
 def refresh(folder: Path) -> None:

@@ -198,6 +198,11 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._set("cancelled"))
 
+    @property
+    def why(self) -> str:
+        """The reason, for the job's log."""
+        return "the time limit is near" if self.reason == "time" else "cancelled"
+
     def _set(self, reason: Reason) -> None:
         if self.reason != "cancelled":
             self.reason = reason
@@ -341,12 +346,14 @@ def run(place: Place, token: str, command: Sequence[str], signals: Signals) -> i
         expected = ",".join(str(number) for number in place.gpus)
         gathering = place.run(["python", "-m", "cluster.slurm.gather", expected])
         if wait_for(gathering, steps, place, signals, needed=len(steps)) != 0:
+            if signals.reason is not None:
+                say(f"stopping before the command has begun: {signals.why}")
             return None
         _tell(place)
         study = place.run(command)
         status = wait_for(study, steps, place, signals)
         if signals.reason is not None and status is None:
-            say("stopping the command: " + ("the time limit is near" if signals.reason == "time" else "cancelled"))
+            say(f"stopping the command: {signals.why}")
             return stop(study, STOP_S if signals.reason == "time" else CANCEL_S / 2)
         return status
 
