@@ -238,7 +238,7 @@ def test_too_large_an_upload_is_refused_with_its_cause(tmp_path, monkeypatch):
     (tmp_path / ".rayignore").write_text("left\n")
     for name in ("left", "volume.bin"):
         (tmp_path / name).write_bytes(bytes(range(256)) * 8)
-    monkeypatch.setattr("cluster.doctor.upload.LIMIT_BYTES", 100)
+    monkeypatch.setattr("cluster.ray.upload.LIMIT_BYTES", 100)
     with pytest.raises(package.PackageError, match=r"the largest: volume.bin .* shared storage, or name them in"):
         package.require_sendable(tmp_path)
 

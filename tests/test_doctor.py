@@ -29,7 +29,7 @@ from cluster.doctor.machine import cgroup, vectors
 from cluster.doctor.network import meet
 from cluster.doctor.nodes import departed, node_names, step_command
 from cluster.doctor.probe import collect, leave_token, probe_folder, visit
-from cluster.doctor.upload import measure_upload
+from cluster.ray.upload import measure_upload
 
 ROOT = Path(__file__).parents[1]
 NEEDS_MOUNTS = pytest.mark.skipif(
@@ -293,7 +293,7 @@ def test_missing_input_is_found(healthy, tmp_path):
 
 
 def test_too_large_upload_is_found(healthy, tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.doctor.upload.LIMIT_BYTES", 2**20)
+    monkeypatch.setattr("cluster.ray.upload.LIMIT_BYTES", 2**20)
     (tmp_path / ".gitignore").write_text("ignored\n")
     (tmp_path / "ignored").write_bytes(os.urandom(2**21))
     assert measure_upload(tmp_path).zipped_bytes < 1000

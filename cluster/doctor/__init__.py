@@ -9,7 +9,6 @@ Facts are gathered on every node, then judged by small pure functions:
 - ``network``: whether the nodes of a SLURM step reach each other.
 - ``lines``: facts as lines of a SLURM step's output, and back.
 - ``nodes``: facts from this machine, the nodes of a Ray cluster or a SLURM step.
-- ``upload``: how much ``ray job submit`` would send.
 - ``findings``: what a judge says.
 - ``differ``: judges of what must be alike on all nodes.
 - ``reach``: judges of storage, inputs, weights, ports and network.

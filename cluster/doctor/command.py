@@ -13,8 +13,8 @@ from cluster.doctor.facts import Ask, Mode, Survey
 from cluster.doctor.nodes import Answers, ask_here, ask_ray, ask_slurm
 from cluster.doctor.probe import collect, existing, leave_token
 from cluster.doctor.render import render
-from cluster.doctor.upload import measure_upload
 from cluster.ray.proxy import proxy_of_job_server
+from cluster.ray.upload import measure_upload
 from lbp_ray.config import load_config
 from lbp_ray.study import StudyConfig
 from preprocess.job import in_ray_job

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from cluster.ray.upload import Upload
 from lbp_ray.config import FrozenModel
 
 Mode = Literal["here", "ray", "slurm"]
@@ -158,18 +159,6 @@ class NodeFacts(FrozenModel):
     offer: Offer | None = None
     step_nodes: int = 1
     """Nodes of the SLURM step that the node belongs to."""
-
-
-class Upload(FrozenModel):
-    """What ``ray job submit --working-dir`` would send."""
-
-    folder: Path
-    zipped_bytes: int
-    """Counting stops beyond the limit."""
-    limit_bytes: int
-    """What Ray's job server takes."""
-    largest: tuple[tuple[str, int], ...] = ()
-    """Largest files and their sizes in bytes."""
 
 
 class Survey(FrozenModel):

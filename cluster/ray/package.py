@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ray._private import ray_constants
 from ray._private.runtime_env import packaging
 
-from cluster.doctor.upload import measure_upload
+from cluster.ray.upload import measure_upload
 
 if TYPE_CHECKING:
     from pathlib import Path

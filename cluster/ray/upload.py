@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import zlib
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE, get_runtime_env_default_excludes
 from ray._private.runtime_env import packaging
 
-from cluster.doctor.facts import Upload
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from lbp_ray.config import FrozenModel
 
 LIMIT_BYTES: int = DASHBOARD_CLIENT_MAX_SIZE
 """Largest request that Ray's job server takes; the upload is one, zipped."""
@@ -25,6 +23,18 @@ _PIECE_BYTES = 2**20
 _quiet = logging.getLogger(__name__)
 _quiet.addHandler(logging.NullHandler())
 _quiet.propagate = False
+
+
+class Upload(FrozenModel):
+    """What ``ray job submit --working-dir`` would send."""
+
+    folder: Path
+    zipped_bytes: int
+    """Counting stops beyond the limit."""
+    limit_bytes: int
+    """What Ray's job server takes."""
+    largest: tuple[tuple[str, int], ...] = ()
+    """Largest files and their sizes in bytes."""
 
 
 def measure_upload(folder: Path) -> Upload:
