@@ -8,9 +8,10 @@ export PYTHONUNBUFFERED = 1
 BENCH_OUT ?= $(CURDIR)/demo/bench
 HEAD_FOLDER ?=
 
-.PHONY: help demo demo-roi test test-slow lint bench head clean-demo
+.PHONY: help install demo demo-roi test test-slow lint bench head clean-demo
 
 help:
+	@echo "make install    only the installation into $(VENV), which the others do first"
 	@echo "make demo       synthetic DICOM -> store -> trials -> report, under $(LBP_RAY_ROOT)"
 	@echo "make demo-roi   the region finder on a synthetic cohort of its own (about 15 minutes), under demo-roi/"
 	@echo "make test       the tests (under 10 minutes on 2 cores)"
@@ -25,6 +26,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[codecs,dev]'
 	@touch $@
+
+install: $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m lbp_ray.phantom --config configs/phantom_demo.yaml

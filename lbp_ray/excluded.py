@@ -1,6 +1,6 @@
 """Score the subjects that a study left out, post hoc: the networks only ever met the two ends of the spectrum.
 
-``python -m lbp_ray.excluded --config configs/oulu.yaml --result RUNS/oulu/results/ID``
+``python -m lbp_ray.excluded --config configs/oulu_honest.yaml --result RUNS/oulu_honest/results/ID``
 
 Slightly symptomatic, symptomatic/asymptomatic and unclassifiable subjects train and test nothing. What the networks say
 of them shows how far the figures of the two chosen groups would carry (spectrum bias). Shape suffixes: N studies,

@@ -158,7 +158,7 @@ def run_on_result(
         What single values of the configuration may be replaced.
     """
     parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file of the study, e.g. configs/oulu.yaml")
+    parser.add_argument("--config", type=Path, required=True, help="YAML of the study, e.g. configs/oulu_honest.yaml")
     parser.add_argument("--result", type=Path, required=True, help="folder of the finished result")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help=f"replace single values: {replaceable}"

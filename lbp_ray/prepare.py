@@ -113,7 +113,7 @@ def seal(config: StudyConfig) -> Sealed:
 
 
 def prepare(config: StudyConfig) -> Prepared:
-    """Seal the split, cut the crops and check the weights.
+    """Seal the split, count the cohort, check the weights and cut the crops.
 
     Every step is content-addressed: what exists already is opened, not made again. An exam that cannot be cropped
     leaves its fold, or the hold-out, with a reason; folds are never drawn anew for it.
@@ -121,11 +121,12 @@ def prepare(config: StudyConfig) -> Prepared:
     Raises
     ------
     ValueError
-        Of the room at fault, as `seal` does; also absent weights, regions that may not be used, no crop at all, the
-        same image under two patients in different folds.
+        Of the room at fault, as `seal` does; also absent gradings or weights, regions that may not be used, no crop at
+        all, the same image under two patients in different folds.
     """
     sealed = seal(config)
-    weights = load_backbone_weights(config.recipe.weights, seed=config.recipe.weights_seed)  # before hours of work
+    cohort = _summarise_cohort(config, sealed)  # gradings that are not there are told before hours of work
+    weights = load_backbone_weights(config.recipe.weights, seed=config.recipe.weights_seed)
     statements = sealed.statements
     regions: Regions | None = None
     if config.roi.source == "model":
@@ -136,7 +137,6 @@ def prepare(config: StudyConfig) -> Prepared:
     analysed = sealed.split.of_studies(crops.table["study_id"])
     _require_both_classes(analysed.table, sealed.split.table, crops.excluded)
     duplicates, alike = _check_duplicates(config, crops, analysed)
-    cohort = _summarise_cohort(config, sealed)
     return Prepared(
         paths=sealed.paths,
         midsagittal=sealed.midsagittal,
@@ -309,12 +309,12 @@ def read_gradings(gradings: Path) -> pd.DataFrame:
     CohortError
         If they are absent or not linked.
     """
-    return _read_linked(gradings, "gradings")
+    return _read_linked(gradings, "gradings", otherwise=", and paths.gradings=null goes without where there are none")
 
 
-def _read_linked(path: Path, content: str) -> pd.DataFrame:
+def _read_linked(path: Path, content: str, *, otherwise: str = "") -> pd.DataFrame:
     if not path.is_file():
-        msg = f"{content} not found: {path}; `python -m preprocess link` writes it"
+        msg = f"{content} not found: {path}; `python -m preprocess link` writes it{otherwise}"
         raise CohortError(msg)
     rows = pd.read_csv(path)
     absent = [name for name in ("study_id", "patient_id") if name not in rows]

@@ -1,9 +1,10 @@
 """Open a study's sealed hold-out, once, when every choice is made: nothing else holds its labels against a score.
 
-``python -m lbp_ray.unseal --config configs/oulu.yaml --result RUNS/oulu/results/ID``
+``python -m lbp_ray.unseal --config configs/oulu_honest.yaml --result RUNS/oulu_honest/results/ID``
 
 Every opening is written to one ledger before a score is judged: who, when, for which result, which exams. A
-second opening is recorded, and told, as the second, also where another split sealed some of the same exams.
+second opening is recorded, and told, as the second, also where another split sealed some of the same exams: open
+the study that you will sign first.
 """
 
 from __future__ import annotations

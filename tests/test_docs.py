@@ -110,6 +110,19 @@ def test_configuration_and_overrides_load(line, monkeypatch):
     assert load_config(model, ROOT / arguments[arguments.index("--config") + 1], overrides)
 
 
+@pytest.mark.parametrize(
+    ("finder", "study_name", "guide"),
+    [("roi_oulu", "oulu_honest", "docs/howto-roi.md"), ("roi_demo", "demo", "Makefile")],
+)
+def test_the_study_that_is_sealed_is_the_one_a_region_finder_asks_for(finder, study_name, guide, monkeypatch):
+    monkeypatch.setenv("LBP_RAY_ROOT", "/data")
+    header = (ROOT / f"configs/{finder}.yaml").read_text().split("\nname:")[0]
+    (sealed,) = re.findall(r"lbp_ray\.seal --config (\S+?\.yaml)", re.sub(r"\n# *", " ", header))
+    asked = load_config(SegmentConfig, ROOT / f"configs/{finder}.yaml").folds.study
+    assert asked == load_config(study.StudyConfig, ROOT / sealed).name == study_name
+    assert f"lbp_ray.seal --config {sealed}" in (ROOT / guide).read_text()
+
+
 def test_a_wrong_override_would_be_seen(monkeypatch):
     monkeypatch.setenv("LBP_RAY_ROOT", "/data")
     with pytest.raises(ConfigError, match="unknown key"):

@@ -611,7 +611,8 @@ def test_opened_hold_out_tells_who_when_and_what(result, tmp_path):
     opened = [make_unsealed(result, number=2), make_unsealed(result, opening=secret)]
     text = Page(write_report(result, tmp_path, unsealed=opened).read_text()).text
     for told in (
-        f"Opened by radiologist1 at 2026-03-01T10:00:00Z for result {result.result_hash[:12]}, line 1",
+        f"Opened by radiologist1 at 2026-03-01T10:00:00Z for result {result.result_hash[:12]}, line 1"
+        " of the ledger of all studies.",
         "16 studies, 6 symptomatic, scored by the mean of 4 folds × 3 seeds",
         "2 sealed studies have no crop",
         "Warning: this is opening number 2",

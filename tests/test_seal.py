@@ -10,6 +10,7 @@ from cohort_factory import NUM_EXAMS, TEMPLATES, choose_middle, make_cohort, pre
 from sklearn.metrics import roc_auc_score
 from store_factory import pseudonym
 
+from lbp_ray.cohort import CohortError
 from lbp_ray.prepare import seal
 from lbp_ray.seal import main
 from lbp_ray.splits import HOLDOUT, LEDGER, make_split
@@ -63,6 +64,12 @@ def test_a_study_finds_the_split_that_was_sealed(data, tmp_path, monkeypatch):
     study = prepared(data, tmp_path)
     assert study.split.folder == sealed.folder
     pd.testing.assert_frame_equal(study.analysed.table, sealed.table)
+
+
+def test_absent_gradings_are_told_before_anything_is_cropped(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("lbp_ray.prepare.build_crops", lambda *_, **__: pytest.fail("cropped"))
+    with pytest.raises(CohortError, match=r"gradings not found: .*none.csv; .* link.*, and paths.gradings=null goes"):
+        prepared(data, tmp_path, paths={"gradings": tmp_path / "none.csv"})
 
 
 def test_an_equal_split_is_one_split_whatever_the_bytes_of_the_questionnaire(data, tmp_path):

@@ -93,8 +93,21 @@ def test_sealed_patients_train_nothing(tmp_path, nested):
         assert [plan.model_of(patient) for patient in inside["patient_id"]] == inside["fold"].tolist()
 
 
-def test_an_unsealed_study_is_refused(data, tmp_path):
-    with pytest.raises(SegmentError, match=r"0 sealed splits .* run `python -m lbp_ray.seal`"):
+def test_an_unsealed_study_is_refused_and_sealed_ones_are_named(data, tmp_path):
+    config = region_config(data, tmp_path, folds={"study": "renamed"})
+    with pytest.raises(
+        SegmentError, match=r"^folds.study=renamed: 0 sealed splits .*: none\), .* `python -m lbp_ray.seal`"
+    ):
+        plan_regions(config)
+    seal(study_config(data, tmp_path))
+    with pytest.raises(SegmentError, match=r"studies with splits under .*: small\), .* as folds.study=…"):
+        plan_regions(config)
+
+
+def test_one_of_several_splits_is_not_guessed_nor_one_with_results_given_up(data, tmp_path):
+    for seed in (0, 1):
+        seal(study_config(data, tmp_path, split={"folds": 2, "holdout_fraction": 0.25, "seed": seed}))
+    with pytest.raises(SegmentError, match=r"2 sealed splits .* a split with trials or results must stay"):
         plan_regions(region_config(data, tmp_path, folds={"study": "small"}))
 
 

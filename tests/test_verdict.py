@@ -35,6 +35,12 @@ def test_verdict_follows_the_intervals(result, bounds, first):
     assert verdict_sentences(with_auc(result, *bounds))[0] == first
 
 
+@pytest.mark.parametrize(("counts", "told"), [((1, 3), 1), ((3,), 0)])
+def test_verdict_on_several_slice_counts_says_that_none_is_corrected_for(counts, told):
+    text = " ".join(verdict_sentences(make_result(counts, (0.9,) * len(counts))))
+    assert text.count("Each slice count is judged for itself, with no correction for their number.") == told
+
+
 def test_verdict_below_chance_names_the_likely_fault(result):
     assert "swapped labels" in verdict_sentences(with_auc(result, (0.2, 0.4)))[0]
 

@@ -43,7 +43,7 @@ def opening_sentences(result: StudyResult, told: Unsealed) -> list[str]:
     first = told.slice_counts[0]
     sentences = [
         f"Opened by {opening.user} at {opening.time} for result {opening.result_hash[:12]}, line {opening.line} of the"
-        " study's ledger.",
+        " ledger of all studies.",
         f"{first.num_studies} studies, {first.num_positive} symptomatic, scored by the mean of {result.num_folds} folds"
         f" × {len(result.seeds)} seeds; threshold {THRESHOLDS.get(first.threshold_source, first.threshold_source)}."
         " Intervals are over the hold-out's patients, conditional on the trained models.",

@@ -16,7 +16,7 @@ UNKNOWN = "not recorded"
 
 
 def choices_table(result: StudyResult) -> Sheet:
-    """Set every open point of the thesis beside what the study did, the default, and what it changes."""
+    """Set the thesis's open points that have a key beside what the study did, the default, and what it changes."""
     rows = tuple(
         (choice.reference, choice.question, choice.key, *_decided(result, choice), choice.effect) for choice in CHOICES
     )

@@ -132,7 +132,9 @@ def _chance_sentences(result: StudyResult) -> list[str]:
                 for side in held
             ]
         )
-    return [f"{headline[0].upper()}{headline[1:]}.", f"{_auc_figures(result)}; {position}."]
+    alone = ["Each slice count is judged for itself, with no correction for their number."]
+    sentences = [f"{headline[0].upper()}{headline[1:]}.", f"{_auc_figures(result)}; {position}."]
+    return sentences + (alone if len(result.slice_counts) > 1 else [])
 
 
 def _auc_figures(result: StudyResult) -> str:

@@ -187,15 +187,27 @@ def sealed_split(paths: RunPaths) -> Split:
     SegmentError
         If there is none, or a choice of several.
     """
-    found = sorted(paths.splits.glob("[!.]*/split.json")) if paths.splits.is_dir() else []
-    if len(found) != 1:
-        names = f" ({', '.join(path.parent.name for path in found)})" if found else ""
-        msg = (
-            f"{len(found)} sealed splits under {paths.splits}{names}, exactly one is required: run "
-            "`python -m lbp_ray.seal` with the study's configuration first, and delete splits that are not used"
+    found = sorted(paths.splits.glob("[!.]*/split.json"))
+    if len(found) == 1:
+        return Split.open(found[0].parent)
+    if found:
+        names = f" ({', '.join(path.parent.name for path in found)})"
+        remedy = (
+            "delete splits that nothing was trained with; a split with trials or results must stay: where two have "
+            "some, seal the study again under another name and give that name as folds.study=…"
         )
-        raise SegmentError(msg)
-    return Split.open(found[0].parent)
+    else:
+        sealed = sorted({path.parents[2].name for path in paths.root.glob("*/splits/[!.]*/split.json")})
+        names = f" (studies with splits under {paths.root}: {', '.join(sealed) or 'none'})"
+        remedy = (
+            "run `python -m lbp_ray.seal` with the study's configuration first, or name a study that has one as "
+            "folds.study=…"
+        )
+    msg = (
+        f"folds.study={paths.study}: {len(found)} sealed splits under {paths.splits}{names}, exactly one is required: "
+        f"{remedy}"
+    )
+    raise SegmentError(msg)
 
 
 def assign_folds(config: SegmentConfig, annotated: pd.DataFrame, split: Split | None) -> dict[str, int]:
