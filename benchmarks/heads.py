@@ -9,6 +9,7 @@ end; the study that gains most by it trains nothing but heads, after the extract
 from __future__ import annotations
 
 import time
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,11 @@ EPOCHS = 4
 WORTH = 2.0
 """What batching must gain, end to end."""
 
+PLACES = {"": "cpu", " on the GPU": "cuda"}
+"""Where heads train, as the end of a case's name: a GPU's are compared with each other, never with a CPU's."""
+
+GPU_GEMM_SIZE = 8192
+
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """torch.optim.Adam's own."""
 
@@ -62,45 +68,56 @@ def measure(*, quick: bool = False) -> Iterator[dict[str, object]]:
     def keep(name: str, train: Callable[[TrialData, Sequence[TrialSpec]], Tensor]) -> None:
         weights[name] = train(data, specs)
 
-    cases: dict[str, Callable[[], object]] = {
-        "one by one": lambda: keep("one by one", train_one_by_one),
-        "batched": lambda: keep("batched", train_batched),
-    }
-    if torch.cuda.is_available():
-        on_gpu = lambda data, specs: train_batched(data, specs, device="cuda").cpu()  # noqa: E731
-        cases["batched on the GPU"] = lambda: keep("batched on the GPU", on_gpu)
-    cases["fastest gemm"], gemm_gflop = gemm(fastest_type())
-    cases["float32 gemm"], _ = gemm(torch.float32)
-    seconds = interleave(cases, clock=time.perf_counter if torch.cuda.is_available() else time.process_time)
+    on_gpu = torch.cuda.is_available()
+    cases: dict[str, Callable[[], object]] = {}
+    for where, device in PLACES.items() if on_gpu else [("", "cpu")]:
+        for name, train in (("one by one", train_one_by_one), ("batched", train_batched)):
+            cases[name + where] = partial(keep, name + where, partial(train, device=device))
+    gemm_gflop = _add_gemms(cases, "cuda" if on_gpu else "cpu")
+    seconds = interleave(cases, clock=time.perf_counter if on_gpu else time.process_time)
     conditions = (
         f"{len(specs)} heads on {len(data.study_ids)} x 5 x 2,048 features, {recipe.frozen_epochs} epoch(s), batch 32, "
         "own order per head, fold scored every epoch, float32, 1 thread"
     )
-    for name in cases:
-        if not name.startswith("batched"):
+    for where in PLACES:
+        alone, batched = f"one by one{where}", f"batched{where}"
+        if batched not in cases:
             continue
-        ratios = seconds["one by one"] / seconds[name]
         yield {
-            "figure": f"heads: one by one / {name}",
-            **spread(ratios),
-            "largest_weight_difference": float((weights["one by one"] - weights[name]).abs().max()),
-            "largest_weight_change": float((weights["one by one"] - _start(specs)).abs().max()),
+            "figure": f"heads: {alone} / {batched}",
+            **spread(seconds[alone] / seconds[batched]),
+            "largest_weight_difference": float((weights[alone] - weights[batched]).abs().max()),
+            "largest_weight_change": float((weights[alone] - _start(specs)).abs().max()),
             "conditions": conditions,
         }
     yield from _shares(seconds, study, study.frozen_epochs / recipe.frozen_epochs, gemm_gflop, conditions)
 
 
+def _add_gemms(cases: dict[str, Callable[[], object]], device: str) -> float:
+    """Add the matrix products behind a device's peaks and return their GFLOP."""
+    size = {"size": GPU_GEMM_SIZE} if device == "cuda" else {}
+    for name, dtype in (("fastest gemm", fastest_type(device)), ("float32 gemm", torch.float32)):
+        product, gflop = gemm(dtype, device=device, **size)
+        cases[name] = (lambda product=product: (product(), torch.cuda.synchronize())) if size else product
+    return gflop
+
+
 def _shares(
     seconds: dict[str, np.ndarray], study: StudySizes, rounds: float, gemm_gflop: float, conditions: str
 ) -> Iterator[dict[str, object]]:
-    """Yield what batching would gain a study of heads alone, and what share heads have of a whole study."""
+    """Yield what batching would gain a study of heads alone, and what share heads have of a whole study.
+
+    Both are of the GPU where there is one.
+    """
+    where = max(place for place in PLACES if f"batched{place}" in seconds)
     middle = {name: float(np.median(values)) for name, values in seconds.items()}
-    heads_s, batched_s = middle["one by one"] * rounds, middle["batched"] * rounds
+    heads_s, batched_s = middle[f"one by one{where}"] * rounds, middle[f"batched{where}"] * rounds
     flop = image_cost(study.height_px, study.width_px).forward * count(study).distinct_slices
     extraction_s = flop / 1e9 / (gemm_gflop / middle["float32 gemm"])
     ratio = (extraction_s + heads_s) / (extraction_s + batched_s)
     yield {
-        "figure": "study of frozen epochs alone, extraction at the gemm peak: heads one by one / batched (upper limit)",
+        "figure": f"study of frozen epochs alone, extraction at the gemm peak{where}: heads one by one / batched "
+        "(upper limit)",
         "ratio": round(ratio, 3),
         "worth_it_from": WORTH,
         "conclusion": "batched" if ratio >= WORTH else "keep the simple loop",
@@ -110,10 +127,10 @@ def _shares(
     flop = count(study).cached_flop
     least_s = flop / 1e9 / (gemm_gflop / middle["fastest gemm"])
     yield {
-        "figure": "heads one by one, as a share of the study's core-seconds (upper limit)",
+        "figure": f"heads one by one{where}, as a share of the study's seconds there (upper limit)",
         "ratio": float(f"{heads_s / least_s:.3g}"),
-        "heads_core_s": round(heads_s, 1),
-        "arithmetic": f"{heads_s:.3g} s / {flop / 1e15:.2f} PFLOP at this core's fastest gemm peak "
+        "heads_s": round(heads_s, 1),
+        "arithmetic": f"{heads_s:.3g} s / {flop / 1e15:.2f} PFLOP at the fastest gemm peak there "
         f"= {least_s:.4g} s, less than any study takes",
         "conditions": conditions,
     }
@@ -123,21 +140,21 @@ def _start(specs: Sequence[TrialSpec]) -> Tensor:
     return torch.cat([build_head(seed=spec.cell.seed).weight.detach() for spec in specs])
 
 
-def train_one_by_one(data: TrialData, specs: Sequence[TrialSpec]) -> Tensor:
-    """Train as trials do; (heads, features) weights."""
+def train_one_by_one(data: TrialData, specs: Sequence[TrialSpec], *, device: str = "cpu") -> Tensor:
+    """Train as trials do; (heads, features) weights on the CPU."""
     weights = []
-    resident = Resident(nn.Identity())
+    resident = Resident(nn.Identity(), device=device)
     for spec in specs:
         training = Training(spec, data, resident)
         list(training.epochs(Path("no-checkpoint")))
         weights.append(next(training.head.parameters()).detach())
-    return torch.cat(weights)
+    return torch.cat(weights).cpu()
 
 
 def train_batched(data: TrialData, specs: Sequence[TrialSpec], *, device: str = "cpu") -> Tensor:
-    """Train all heads of a slice count at once; (heads, features) weights."""
+    """Train all heads of a slice count at once; (heads, features) weights on the CPU."""
     groups = [Group(data, list(group), device) for _, group in groupby(specs, key=lambda spec: spec.cell.num_slices)]
-    return torch.cat([group.train() for group in groups])
+    return torch.cat([group.train() for group in groups]).cpu()
 
 
 class Group:

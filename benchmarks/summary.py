@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 def verdict(figure: Figure) -> str:
     """Say whether a figure meets its goal: its worst round where it has rounds, else its value; '' without a goal."""
-    measured = [value for name in ("ratio", "min", "max", "total_s", "tflop_s") if (value := _number(figure, name))]
+    told = (_number(figure, name) for name in ("ratio", "min", "max", "total_s", "tflop_s"))
+    measured = [value for value in told if value is not None]
     low, high = _number(figure, "at_least"), _number(figure, "at_most") or _number(figure, "limit")
     if not measured or (low is None and high is None):
         return ""

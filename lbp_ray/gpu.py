@@ -39,7 +39,7 @@ class CropsOnGpu:
     Parameters
     ----------
     crops_NKHW
-        Stored pixel values, uint16.
+        Stored pixel values, uint16 or int16.
     row_N
         Row of each study in the crops.
     device
@@ -54,10 +54,11 @@ class CropsOnGpu:
     def __init__(self, crops_NKHW: np.ndarray, row_N: np.ndarray, device: str) -> None:
         shape = (len(row_N), *crops_NKHW.shape[1:])
         self._bits_NKHW = torch.empty(shape, dtype=torch.int16, device=device)  # PyTorch gathers no uint16 on GPUs
+        self._stored = torch.int16 if crops_NKHW.dtype == np.int16 else torch.uint16
         self._mean_NK, self._std_NK = (torch.empty(shape[:2], device=device) for _ in range(2))
         for study, row in enumerate(row_N):
             self._bits_NKHW[study] = torch.from_numpy(np.array(crops_NKHW[row]).view(np.int16)).to(device)
-            values_KHW = _as_float(self._bits_NKHW[study])
+            values_KHW = self._as_float(self._bits_NKHW[study])
             self._mean_NK[study] = values_KHW.mean(dim=(1, 2))
             self._std_NK[study] = values_KHW.std(dim=(1, 2), correction=0)
         blank = (self._std_NK == 0).nonzero().tolist()
@@ -67,19 +68,21 @@ class CropsOnGpu:
 
     def images(self, study_B: Tensor, offset_B: Tensor) -> Tensor:
         """Return (B, 3, H, W) float32 in channels_last."""
-        values_BHW = _as_float(self._bits_NKHW[study_B, offset_B])
+        values_BHW = self._as_float(self._bits_NKHW[study_B, offset_B])
         mean, std = (table[study_B, offset_B][:, None, None] for table in (self._mean_NK, self._std_NK))
         image_B1HW = ((values_BHW - mean) / std).unsqueeze(1)
         return image_B1HW.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
+    def _as_float(self, bits: Tensor) -> Tensor:
+        return bits.view(self._stored).to(torch.float32)
 
-def _as_float(bits: Tensor) -> Tensor:
-    return bits.view(torch.uint16).to(torch.float32)
 
-
-def fits(crops_NKHW: np.ndarray, num_studies: int) -> bool:
-    """Whether crops of so many studies may stay on a GPU: 16-bit and not beyond `HELD_BYTES`."""
-    return crops_NKHW.dtype == np.uint16 and num_studies * crops_NKHW[0].nbytes <= HELD_BYTES
+def why_not_held(crops_NKHW: np.ndarray, num_studies: int) -> str:
+    """Say why crops of so many studies may not stay on a GPU; '' where they may: 16-bit, not beyond `HELD_BYTES`."""
+    if crops_NKHW.dtype not in (np.uint16, np.int16):
+        return f"their type is {crops_NKHW.dtype}, neither uint16 nor int16"
+    held = num_studies * crops_NKHW[0].nbytes
+    return f"they take {held:,} bytes, at most {HELD_BYTES:,} are held" if held > HELD_BYTES else ""
 
 
 class RecordedStep:
@@ -132,11 +135,15 @@ class RecordedStep:
             graph = torch.cuda.CUDAGraph()
             # On the batch's GPU: without a stream it would be recorded on that of the process's first graph.
             stream = torch.cuda.Stream(batch.study_M.device)  # type: ignore[no-untyped-call]
-            with torch.cuda.graph(graph, stream=stream):
+            # The outer context: where a recording fails, the inner one leaves its stream current.
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
                 self._loss = self._step(self._batch)
             self._graph = graph
         except (RuntimeError, ValueError) as error:  # the latter where the batch is not on a GPU
-            _log.warning("the training step could not be recorded as a CUDA graph and runs as it is: %s", error)
+            cause = error.__context__ or error  # the end of a recording that failed hides why it did
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            _log.warning("the training step could not be recorded as a CUDA graph and runs as it is: %s", cause)
         finally:
             self._capturable(False)
 

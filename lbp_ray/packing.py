@@ -27,14 +27,19 @@ MOST_PER_GPU = 8
 RAY_UNIT = 10_000
 """Ray counts resources in ten-thousandths."""
 
+CONTEXT_BYTES = 640 * 2**20
+"""What a process leaves on every GPU that it was ever given: its CUDA context and libraries. Assumed, not measured."""
+
 MEASURED_STEPS = 6
 """Steps of all weights that are measured: enough that one is recorded as a CUDA graph and replayed."""
 
 
 class Peak(NamedTuple):
-    """What a trial's process took of its GPU at most, and what the GPU has, in bytes."""
+    """What a trial takes of its GPU at most, and what the GPU has, in bytes."""
 
     taken: int
+    """By its own process, and by the context of one process for each other GPU of the node: Ray gives a process
+    another GPU from call to call, so that in the end each has a context on all."""
     total: int
 
 
@@ -83,4 +88,5 @@ def measure_peak(spec: TrialSpec, data: TrialData, resident: Resident) -> Peak:
         raise RunError(msg) from None
     free, total = torch.cuda.mem_get_info(resident.device)
     outside = total - free - torch.cuda.memory_reserved(resident.device)  # the context, and other processes if any
-    return Peak(outside + torch.cuda.max_memory_reserved(resident.device), total)
+    visitors = CONTEXT_BYTES * (torch.cuda.device_count() - 1)
+    return Peak(outside + torch.cuda.max_memory_reserved(resident.device) + visitors, total)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lbp_ray.gpu import CropsOnGpu, fits
+from lbp_ray.gpu import CropsOnGpu, why_not_held
 from lbp_ray.nets.folding import carry_norms
 
 if TYPE_CHECKING:
     from lbp_ray.cell import TrialData
     from lbp_ray.nets.weights import StateDict
     from lbp_ray.streaming import FeatureFile
+
+_log = logging.getLogger(__name__)
 
 
 class Resident:
@@ -31,12 +34,15 @@ class Resident:
         self.device = device
         if self.on_gpu:
             torch.backends.cudnn.allow_tf32 = False  # float32 is float32: else convolutions round their inputs
+            torch.backends.cudnn.deterministic = True  # else gradients of convolutions differ from run to run
         self.backbone = backbone.to(device)
         self.carrying = carry_norms(self.backbone)
         """The same weights, with BatchNorm in eval mode carried by the convolutions."""
         self._base: StateDict = {name: value.clone() for name, value in backbone.state_dict().items()}
         self._crops: tuple[TrialData, CropsOnGpu] | None = None
         self._features: tuple[TrialData, Tensor] | None = None
+        self._refused: TrialData | None = None
+        """The study whose crops were last said not to stay on the GPU."""
 
     @property
     def on_gpu(self) -> bool:
@@ -45,7 +51,12 @@ class Resident:
 
     def crops(self, data: TrialData) -> CropsOnGpu | None:
         """Return the study's crops where they may stay on this GPU; they are sent once per process."""
-        if not self.on_gpu or not fits(data.crops_NKHW, len(data.study_ids)):
+        if not self.on_gpu:
+            return None
+        if reason := why_not_held(data.crops_NKHW, len(data.study_ids)):
+            if self._refused is not data:
+                self._refused = data
+                _log.warning("the crops do not stay on %s, and their steps are not recorded: %s", self.device, reason)
             return None
         if self._crops is None or self._crops[0] is not data:
             self._crops = None  # so that there are never two

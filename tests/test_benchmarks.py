@@ -8,20 +8,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import benchmarks
 from benchmarks import __main__ as command
-from benchmarks import gpu_study, heads, peers, scaled_study, summary
+from benchmarks import gpu_study, heads, peers, scaled_study, summary, tune_overhead
 from benchmarks.arithmetic import Costs, count_lines, oulu_sizes
 from benchmarks.naive import NaiveLoop
 from benchmarks.synthetic import make_specs, make_study
 from benchmarks.timing import interleave, spread
+from lbp_ray import gpu
 from lbp_ray.nets.weights import load_backbone_weights
 from lbp_ray.plan.counts import count
+from lbp_ray.resident import Resident
 from lbp_ray.splits import HOLDOUT
 from lbp_ray.study import Recipe
+from preprocess.job import connect
 from tests.study_factory import random_backbone, with_features
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +119,7 @@ def test_run_prints_lines_and_writes_table_and_picture(tmp_path, monkeypatch, ca
         ({"ratio": 0.04, "at_most": 0.05}, "met"),
         ({"total_s": 301.0, "at_most": 300}, "not met"),
         ({"ratio": 2.0}, ""),
+        ({"ratio": 0.0, "at_most": 1e-5}, "met"),
     ],
 )
 def test_verdict(figure, said):
@@ -140,6 +145,90 @@ def test_batched_heads_equal_single_ones():
     alone, together = heads.train_one_by_one(data, specs), heads.train_batched(data, specs)
     assert (alone - together).abs().max() <= 1e-6
     assert (alone - heads._start(specs)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("gpu", "where"), [(True, " on the GPU"), (False, "")])
+def test_batched_heads_are_compared_on_their_own_device(monkeypatch, gpu, where):
+    """A GPU's batched heads over a CPU's loop would count the GPU as a gain of batching."""
+    seconds = {
+        "one by one": 100.0, "batched": 50.0, "one by one on the GPU": 30.0, "batched on the GPU": 10.0,
+        "fastest gemm": 0.1, "float32 gemm": 0.1,
+    }  # fmt: skip
+
+    def timed(cases, **_):
+        for name, case in cases.items():
+            if "gemm" not in name:
+                case()
+        return {name: np.array([seconds[name]]) for name in cases}
+
+    trained = []
+
+    def train(_, specs, *, device):
+        trained.append(device)
+        return heads._start(specs)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(heads, "interleave", timed)
+    monkeypatch.setattr(heads, "gemm", lambda *_, **__: (None, 1e6))
+    for name in ("train_one_by_one", "train_batched"):
+        monkeypatch.setattr(heads, name, train)
+    *compared, alone, share = heads.measure(quick=True)
+    assert [(figure["figure"], figure["median"]) for figure in compared] == [
+        ("heads: one by one / batched", 2.0),
+        ("heads: one by one on the GPU / batched on the GPU", 3.0),
+    ][: 1 + gpu]
+    assert trained == ["cpu", "cpu", "cuda", "cuda"][: 2 + 2 * gpu]
+    assert f"one by one{where}, as" in share["figure"]
+    assert share["heads_s"] == 40 * seconds[f"one by one{where}"]
+    assert f"+ {40 * seconds[f'batched{where}']:.4g} s)" in alone["arithmetic"]
+
+
+def test_bodies_are_heads_that_differ_and_repeat():
+    first, second = tune_overhead.bodies(3)[:2]
+    logits = {spec.cell.name: tune_overhead.train_body(spec) for spec in (first, second)}
+    again = {first.cell.name: tune_overhead.train_body(first)}
+    assert len(logits) == 2
+    assert tune_overhead.largest_difference(again, logits) == 0
+    assert tune_overhead.largest_difference({second.cell.name: again[first.cell.name]}, logits) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_trial_gives_the_same_logits_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AIR_NEW_OUTPUT", "0")
+    specs = tune_overhead.bodies(2)
+    with connect(tune_overhead.SLOTS):
+        waited = tune_overhead.waiting(specs, str(tmp_path))
+        assert tune_overhead.largest_difference(tune_overhead.usual(specs[:1], str(tmp_path)), waited) == 0
+
+
+def test_a_rate_of_several_processes_is_a_lower_bound():
+    cells = [gpu_study.CellTimes(heads_s=1.0, unfrozen_s=4.0, final_s=1.0, peak_bytes=1.0)] * 2
+    alone, shared = (
+        gpu_study._unfrozen(gpu_study.parse([*TINY, "--processes", number]), cells, trials_s=9.0) for number in "12"
+    )
+    assert alone["tflop_s"] / shared["tflop_s"] == pytest.approx(9 / 8, rel=1e-3)
+    assert "lower bound" in shared["figure"]
+    assert "lower bound" not in alone["figure"]
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_eager_trials_record_no_step(monkeypatch, tmp_path, eager):
+    warm_up = []
+    monkeypatch.setattr(gpu_study, "run_trial", lambda *_: warm_up.append(gpu.WARM_UP_STEPS) or iter(()))
+    np.save(tmp_path / "crops.npy", np.zeros(1))
+    data = make_study(14, (1, 1), folds=2)
+    (spec,) = make_specs(Recipe(weights="random"), folds=1, seeds=[0], slice_counts=[1])
+    options = gpu_study.parse([*TINY, *(["--eager"] if eager else [])])
+    gpu_study.Worker(data, "cpu", tmp_path, eager=options.eager).run(spec)
+    assert warm_up == [sys.maxsize if eager else gpu.WARM_UP_STEPS]
+
+
+def test_frozen_stage_of_a_small_cell_is_that_of_the_network_in_the_loop():
+    figure = gpu_study._exactness(Resident(random_backbone()), gpu_study.parse([*TINY, "--device", "cpu"]))
+    assert figure["ratio"] <= figure["at_most"] == 1e-5
+    assert figure["largest_logit_difference"] < 1e-5
+    assert 0 < figure["ratio_with_folded_extraction"] <= 1e-5
 
 
 @pytest.mark.slow
@@ -178,11 +267,17 @@ def test_frozen_backbone_drifts_only_where_a_trainer_calls_train():
 @pytest.mark.slow
 def test_gpu_study_runs_on_a_cpu(capsys):
     assert gpu_study.main([*TINY, "--device", "cpu", "--naive-steps", "1"]) == 0
-    counts, whole, unfrozen, extraction, ratio = map(json.loads, capsys.readouterr().out.splitlines())
+    lines = map(json.loads, capsys.readouterr().out.splitlines())
+    counts, whole, unfrozen, extraction, exact, share, ratio, null = lines
     assert counts["training_images"] == "2 x 6.0 x 1 = 12"
     assert whole["trials"] == 2
     assert whole["total_s"] > whole["trials_s"] > whole["unfrozen_s"] > 0
-    assert 0 < unfrozen["share_of_matmul_peak"] < 1
+    assert "permutations" in whole["conditions"]
+    assert unfrozen["tflop_s"] > 0
+    assert exact["ratio"] <= exact["at_most"]
+    assert 0 < share["ratio"] < 1
+    assert null["predicted_s"] > 0
+    assert "bound" not in ratio
     assert "at_least" not in ratio  # goals are for the whole study on a GPU
     assert min(extraction["img_s"], ratio["ratio"]) > 0
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,12 @@ import torch
 from study_factory import make_data, make_spec, random_backbone, with_features
 
 from lbp_ray.cell import Shared, TrialError
+from lbp_ray.distributed import worker
 from lbp_ray.distributed.waiter import SEE_ALL_GPUS, on_given_gpu, options
-from lbp_ray.gpu import CropsOnGpu, RecordedStep, fits
+from lbp_ray.gpu import CropsOnGpu, RecordedStep, why_not_held
 from lbp_ray.nets.resnet import standardise
-from lbp_ray.packing import MOST_PER_GPU, Peak, gpus_for, measure_peak
+from lbp_ray.nets.weights import load_backbone_weights, weights_sha256
+from lbp_ray.packing import CONTEXT_BYTES, MOST_PER_GPU, Peak, gpus_for, measure_peak
 from lbp_ray.resident import Resident
 from lbp_ray.runs import RunError
 from lbp_ray.samples import SamplesOnGpu
@@ -153,6 +157,41 @@ def test_a_gpu_that_holds_no_trial_is_named_before_any_starts(monkeypatch):
         measure_peak(make_spec(), data, Resident(random_backbone()))
 
 
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_a_trial_takes_room_for_the_contexts_of_visitors(monkeypatch, gpus):
+    """Processes go from GPU to GPU and leave a context on each: one of every other GPU for each trial that runs."""
+    monkeypatch.setattr(Training, "rehearse", lambda *_: None)
+    read = {
+        "mem_get_info": (75 * GIB, 80 * GIB),
+        "memory_reserved": 4 * GIB,
+        "max_memory_reserved": 6 * GIB,
+        "device_count": gpus,
+    }
+    for name, value in read.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    data = with_features(make_data([0, 0, *[1] * 4]), random_backbone())
+    peak = measure_peak(make_spec(unfrozen_epochs=0), data, Resident(random_backbone()))
+    assert peak == (GIB + 6 * GIB + (gpus - 1) * CONTEXT_BYTES, 80 * GIB)
+
+
+def test_a_process_that_is_given_another_gpu_lets_the_first_go(monkeypatch):
+    """Whoever runs there now was packed without what this process held."""
+    paths = dict.fromkeys(("crops", "split", "features"))
+    weights_hash = weights_sha256(load_backbone_weights("random"))
+    places = [
+        Shared(**paths, weights="random", weights_seed=0, weights_hash=weights_hash, device=device)
+        for device in ("cpu", "cpu:0")
+    ]
+    worker.folded(places[0])
+    held = [weakref.ref(value) for value in (worker.resident(places[0]), worker.folded(places[0]))]
+    left = []
+    build = worker.build_backbone
+    monkeypatch.setattr(worker, "build_backbone", lambda state: left.extend(ref() for ref in held) or build(state))
+    worker.resident(places[1])
+    worker.resident.cache_clear()
+    assert left == [None, None]
+
+
 # --- which GPU -------------------------------------------------------------------------------------------------------
 
 
@@ -189,12 +228,14 @@ assert all(len(given) == 1 and not visible for _, given, visible in seen), seen
 # --- what runs there -------------------------------------------------------------------------------------------------
 
 
-def test_crops_on_a_device_are_standardised_as_elsewhere():
-    data = make_data([0, 0, 1, 1])
-    data.crops_NKHW[0, 0, 0, 0] = 65535  # beyond int16
-    held = CropsOnGpu(data.crops_NKHW, np.array([3, 0, 2]), "cpu")
+@pytest.mark.parametrize(("dtype", "value"), [(np.uint16, 65535), (np.int16, -32768)])  # beyond the other type
+def test_crops_on_a_device_are_standardised_as_elsewhere(dtype, value):
+    crops_NKHW = make_data([0, 0, 1, 1]).crops_NKHW.astype(dtype)
+    crops_NKHW[0, 0, 0, 0] = value
+    assert not why_not_held(crops_NKHW, 4)
+    held = CropsOnGpu(crops_NKHW, np.array([3, 0, 2]), "cpu")
     images = held.images(torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1]))
-    expected = standardise(torch.from_numpy(data.crops_NKHW[[3, 0, 0], [2, 0, 1]]))
+    expected = standardise(torch.from_numpy(crops_NKHW[[3, 0, 0], [2, 0, 1]]))
     torch.testing.assert_close(images, expected, rtol=1e-6, atol=1e-6)
     assert images.is_contiguous(memory_format=torch.channels_last)
 
@@ -206,25 +247,35 @@ def test_a_blank_crop_is_refused_before_training():
         CropsOnGpu(data.crops_NKHW, np.arange(4), "cpu")
 
 
-def test_only_crops_that_fit_stay_on_a_gpu(monkeypatch):
-    crops = make_data([0, 0, 1, 1]).crops_NKHW
-    assert fits(crops, 4)
-    assert not fits(crops.astype(np.float32), 4)
-    monkeypatch.setattr("lbp_ray.gpu.HELD_BYTES", crops.nbytes - 1)
-    assert not fits(crops, 4)
+@pytest.mark.parametrize(
+    ("dtype", "held_bytes", "reason"),
+    [(np.int32, 10**9, "their type is int32, neither uint16 nor int16"), (np.int16, 9, "49,152 bytes, at most 9 are")],
+)
+def test_crops_that_do_not_stay_on_a_gpu_are_told_of_once(monkeypatch, caplog, dtype, held_bytes, reason):
+    monkeypatch.setattr("lbp_ray.gpu.HELD_BYTES", held_bytes)
+    data = make_data([0, 0, 1, 1])
+    data = replace(data, crops_NKHW=data.crops_NKHW.astype(dtype))
+    resident = Resident(torch.nn.Identity(), device="cuda")
+    assert [resident.crops(data), resident.crops(data)] == [None, None]
+    (told,) = caplog.messages
+    assert "the crops do not stay on cuda" in told
+    assert reason in told
+
+
+def test_convolutions_on_a_gpu_neither_round_nor_vary(monkeypatch):
+    flags = torch.backends.cudnn
+    for name, before in (("allow_tf32", True), ("deterministic", False)):
+        monkeypatch.setattr(flags, name, before)
+    Resident(torch.nn.Identity(), device="cpu")
+    assert (flags.allow_tf32, flags.deterministic) == (True, False)
+    Resident(torch.nn.Identity(), device="cuda")
+    assert (flags.allow_tf32, flags.deterministic) == (False, True)
 
 
 def test_a_step_that_cannot_be_recorded_runs_as_it_is(caplog):
     """Without a GPU every recording fails; the head must come out as if none had been tried."""
-    recipe, heads = make_spec().recipe, [torch.nn.Linear(3, 1) for _ in range(2)]
-    heads[1].load_state_dict(heads[0].state_dict())
-    features, targets = torch.randn(12, 3), torch.arange(12)[:, None] % 2 * 1.0
-    optimisers = [adam(list(head.parameters()), recipe) for head in heads]
-    plain, recorded = (
-        training_step(lambda batch, head=head: head(features[batch.study_M]), optimiser, targets)
-        for head, optimiser in zip(heads, optimisers, strict=True)
-    )
-    recorded = RecordedStep(recorded, optimisers[1], batch_size=2)
+    heads, (plain, step), optimisers = make_heads(torch.randn(12, 3))
+    recorded = RecordedStep(step, optimisers[1], batch_size=2)
     for rows in torch.arange(12).split(2):
         batch = SamplesOnGpu(rows, rows)
         assert torch.equal(plain(batch), recorded(batch))
@@ -232,6 +283,105 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(caplog):
     assert [record.message.partition(" as a CUDA")[0] for record in caplog.records] == [
         "the training step could not be recorded"
     ]
+
+
+class FakeCuda:
+    """CUDA's graphs and streams, by name: what is recorded runs when the graph is replayed, and not before."""
+
+    def __init__(self, monkeypatch, fault=None):
+        self.fault, self.current, self.recording, self.replays = fault, "default", False, 0
+        self.recorded = None
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: "capture")
+        for name in ("stream", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, _, *, stream):
+        self.current, self.recording = stream, True
+        try:
+            yield
+        finally:
+            self.recording = False
+            if self.fault:  # as PyTorch's: the end of a broken capture raises and leaves its stream
+                raise RuntimeError("operation failed due to a previous error during capture")
+        self.current = "default"
+
+    def replay(self):
+        self.replays += 1
+        self.recorded._loss.copy_(self.recorded._step(self.recorded._batch))
+
+    def step(self, step):
+        def run(batch):
+            if self.recording:
+                if self.fault:
+                    raise self.fault
+                return torch.zeros(())
+            return step(batch)
+
+        return run
+
+
+def make_heads(features):
+    """Two equal heads, the step that trains each on `features`, and their optimisers."""
+    heads = [torch.nn.Linear(features.shape[1], 1) for _ in range(2)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    targets = torch.arange(len(features))[:, None] % 2 * 1.0
+    optimisers = [adam(list(head.parameters()), make_spec().recipe) for head in heads]
+    steps = [
+        training_step(lambda batch, head=head: head(features[batch.study_M]), optimiser, targets)
+        for head, optimiser in zip(heads, optimisers, strict=True)
+    ]
+    return heads, steps, optimisers
+
+
+def test_replayed_steps_train_as_those_that_run_as_they_are(monkeypatch):
+    """Three full batches warm up; later ones are replayed, but smaller ones are not, whenever they come."""
+    cuda = FakeCuda(monkeypatch)
+    heads, (plain, step), optimisers = make_heads(torch.randn(15, 3))
+    eager = []
+    recorded = cuda.recorded = RecordedStep(
+        cuda.step(lambda batch: eager.append(batch.size) or step(batch)), optimisers[1], batch_size=2
+    )
+    batches = [SamplesOnGpu(rows, rows) for rows in torch.arange(15).split([2, 2, 2, 2, 2, 1, 2, 2])]
+    replays, losses = [], []
+    for batch in batches:
+        losses.append((plain(batch), recorded(batch)))
+        replays.append(cuda.replays)
+    assert replays == [0, 0, 0, 1, 2, 2, 3, 4]
+    assert eager == [2] * 5 + [1] + [2] * 2  # the fake graph runs the step, too
+    assert all(torch.equal(first, second) for first, second in losses)
+    assert torch.equal(heads[0].weight, heads[1].weight)
+
+
+def test_a_recording_that_fails_leaves_the_stream_as_it_was(monkeypatch, caplog):
+    cuda = FakeCuda(monkeypatch, RuntimeError("asked the device"))
+    heads, (plain, step), optimisers = make_heads(torch.randn(12, 3))
+    recorded = RecordedStep(cuda.step(step), optimisers[1], batch_size=2)
+    for rows in torch.arange(12).split(2):
+        assert torch.equal(plain(SamplesOnGpu(rows, rows)), recorded(SamplesOnGpu(rows, rows)))
+        assert cuda.current == "default"
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert "asked the device" in caplog.text
+
+
+def test_a_recording_that_runs_out_of_memory_ends_the_trial(monkeypatch):
+    cuda = FakeCuda(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"))
+    _, (_, step), optimisers = make_heads(torch.randn(8, 3))
+    recorded = RecordedStep(cuda.step(step), optimisers[1], batch_size=2)
+    batches = [SamplesOnGpu(rows, rows) for rows in torch.arange(8).split(2)]
+    for batch in batches[:-1]:
+        recorded(batch)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        recorded(batches[-1])
 
 
 @pytest.mark.parametrize("ended", [True, False], ids=["to the end", "left"])
@@ -264,6 +414,20 @@ def test_second_gpu_of_a_process_trains_as_the_first(tmp_path):
         training = Training(make_spec(frozen_epochs=3), data, Resident(random_backbone(), device=f"cuda:{number}"))
         curves.append([record.train_loss for record in training.epochs(tmp_path / f"{len(curves)}.pt")])
     np.testing.assert_allclose(curves[1:], [curves[0]] * 2, rtol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_recording_that_fails_on_a_gpu_leaves_its_stream():
+    head, before = torch.nn.Linear(1, 1).to("cuda"), torch.cuda.current_stream()
+    recorded = RecordedStep(
+        lambda batch: torch.tensor(batch.study_M.sum().item()),
+        adam(list(head.parameters()), make_spec().recipe),
+        batch_size=2,
+    )
+    rows = torch.arange(2, device="cuda")
+    assert [recorded(SamplesOnGpu(rows, rows)).item() for _ in range(5)] == [1] * 5
+    assert torch.cuda.current_stream() == before
 
 
 @pytest.mark.gpu

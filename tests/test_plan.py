@@ -152,6 +152,27 @@ def test_a_measured_gpu_sets_the_share_of_another():
     assert rate.middle == pytest.approx(0.25 * 312e12, rel=1e-3)
 
 
+def test_adam_costs_something_where_its_share_was_not_measured():
+    """A measured share is of forward and backward alone; an assumed one has the optimiser in it."""
+    measured, assumed = (make_plan(calibration=make_calibration(device=device), gpus=2) for device in ("cuda", "cpu"))
+    assert measured.hardware.optimiser_s == around(0.03)
+    assert assumed.hardware.optimiser_s.high == 0
+
+
+@pytest.mark.parametrize(("given", "device"), [(["--gpus", "1"], "cuda"), ([], "cpu")])
+def test_a_plan_for_gpus_is_calibrated_on_the_gpu_that_is_here(monkeypatch, given, device):
+    asked = []
+
+    def measured(sizes, *, storage, device):
+        asked.append(device)
+        return make_calibration(device=device)
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("lbp_ray.plan.__main__.calibrate", measured)
+    assert main(["--studies", "526", *given]) == 0
+    assert asked == [device]
+
+
 def test_float32_on_a_gpu_is_full_float32():
     plan = make_plan(make_sizes(dtype="float32"), gpus=1)
     assert plan.stage("unfrozen epochs").compute_s.middle == pytest.approx(191_565 * 40.397e9 / 33.5e12, rel=0.01)

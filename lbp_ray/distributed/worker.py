@@ -40,8 +40,11 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=1)
 def resident(shared: Shared) -> Resident:
-    """Load the backbone once per process and check that it is the one the driver planned with."""
+    """Load the backbone once per process and GPU and check that it is the one the driver planned with."""
     keep_freed_memory()
+    for earlier in (resident, folded):  # of the GPU that this process had before: others run there now
+        earlier.cache_clear()
+    torch.cuda.empty_cache()
     state = load_backbone_weights(shared.weights, seed=shared.weights_seed)
     found = weights_sha256(state)
     if found != shared.weights_hash:

@@ -58,14 +58,14 @@ def run(parsed: argparse.Namespace) -> str:
         load_config(StudyConfig, parsed.config, parsed.overrides) if parsed.config else oulu_config(parsed.overrides)
     )
     wish = Wish(parsed.gpus, parsed.gpu, parsed.cores, parsed.nodes)
-    on_gpu = bool(parsed.gpus) or _device(config) == "cuda"
     if parsed.check:
         return _check(parsed, config)
+    device = _device(config, wish)
     if not parsed.calibration:
-        require_gpus(wish, _device(config))
-    config = for_device(config, gpu=on_gpu)
+        require_gpus(wish, device)
+    config = for_device(config, gpu=bool(parsed.gpus) or device == "cuda")
     sizes = sizes_of(config, studies=parsed.studies)
-    calibration = _calibration(parsed, sizes, config, _device(config))
+    calibration = _calibration(parsed, sizes, config, device)
     plan = predict(sizes, describe_hardware(wish, calibration, sizes), calibration)
     plan = plan.model_copy(update={"advice": advise(plan, calibration)})
     if parsed.json:
@@ -99,9 +99,9 @@ def _calibration(
     return calibration
 
 
-def _device(config: StudyConfig) -> Literal["cpu", "cuda"]:
-    """Return what trials of this configuration run on, here."""
-    return "cuda" if torch.cuda.is_available() and config.compute.gpus_per_trial else "cpu"
+def _device(config: StudyConfig, wish: Wish) -> Literal["cpu", "cuda"]:
+    """Return what is measured here: a GPU if there is one and the plan or the configuration is for GPUs."""
+    return "cuda" if torch.cuda.is_available() and (wish.gpus or config.compute.gpus_per_trial) else "cpu"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -66,7 +66,7 @@ class Hardware(FrozenModel):
     evaluation_s: Span
     training_s: Span
     optimiser_s: Span
-    """Seconds per step; on an assumed GPU part of the share."""
+    """Seconds per step; 0 where a GPU's share is assumed, which has it in it."""
     head_step_s: Span
     read_bytes_s: Span
     """Per node."""
@@ -196,12 +196,13 @@ def _with_gpus(here: Hardware, wish: Wish, calibration: Calibration, sizes: Stud
     cost = image_cost(sizes.height_px, sizes.width_px)
     half = sizes.dtype == "bfloat16"
     peak = gpu.bfloat16 if half else gpu.float32
-    shares = _measured_shares(calibration) or {
+    measured = _measured_shares(calibration)
+    shares = measured or {
         "training": TRAINING_SHARE if half else FLOAT32_SHARE,
         "evaluation": INFERENCE_SHARE if half else FLOAT32_SHARE,
         "extraction": FLOAT32_SHARE,
     }
-    whose = "measured on this machine's GPU" if calibration.machine.device == "cuda" else "assumed"
+    whose = "measured on this machine's GPU" if measured else "assumed"
     rates = {
         "training": shares["training"] * (peak * 1e12),
         "evaluation": shares["evaluation"] * (peak * 1e12),
@@ -219,12 +220,13 @@ def _with_gpus(here: Hardware, wish: Wish, calibration: Calibration, sizes: Stud
             "extraction_s": rates["extraction"].under(cost.forward),
             "evaluation_s": rates["evaluation"].under(cost.forward),
             "training_s": rates["training"].under(cost.training),
-            "optimiser_s": Span.exactly(0.0),
+            "optimiser_s": here.optimiser_s if measured else Span.exactly(0.0),
             **_shared_storage(here, nodes),
             "assumptions": (
                 f"TFLOP/s per {name.upper()}: {told} (share of the published peaks {whose}: "
                 f"{f'{peak:g} bfloat16, ' if half else ''}{gpu.float32:g} float32)",
                 "a step of the last layer costs on the GPU what it costs on this machine",
+                *(["Adam's step of all weights costs what it costs on this machine's GPU"] if measured else []),
                 *_core_assumptions(calibration),
                 f"{MEMORY_PER_GPU / 1e9:g} GB of memory per GPU",
                 *([f"{CORES_PER_GPU} cores per GPU"] if wish.cores is None else []),

@@ -80,7 +80,8 @@ class Bench:
         self.barrier = barrier or threading.Barrier(1)
         torch.set_num_threads(request.threads)
         if self.device == "cuda":
-            torch.backends.cudnn.allow_tf32 = False  # as `lbp_ray.resident.Resident` has it
+            torch.backends.cudnn.allow_tf32 = False  # both as `lbp_ray.resident.Resident` has them
+            torch.backends.cudnn.deterministic = True
         self.backbone = build_backbone(load_backbone_weights("random")).to(self.device)
         self.whole = carry_norms(self.backbone) if request.carries_norms else self.backbone
         self.head = build_head(seed=0).to(self.device)
