@@ -14,10 +14,13 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 LONGEST = (
-    *("cohort_seeds", "kill", "slurm", "hosts", "segment_run", "presets", "two_studies", "ray_job", "ddp_trial"),
+    *("kill", "slurm", "hosts", "segment_run", "presets", "two_studies", "ray_job", "ddp_trial"),
     *("metrics_endpoint", "cluster_job", "river"),
 )
 """Files that several processes begin with, so that none of them is left alone with one at the end."""
+
+LAST = "cohort_seeds"
+"""Computes in two processes of its own."""
 
 SLOW_LIMIT_S = 2400
 """Seconds within which a slow test and its set-up must end, also on a machine that is far too busy."""
@@ -26,7 +29,7 @@ SLOW_LIMIT_S = 2400
 def pytest_collection_modifyitems(items):
     def place(item):
         name = item.path.stem.removeprefix("test_")
-        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST) + (name == LAST)
 
     items.sort(key=place)
     for item in items:
